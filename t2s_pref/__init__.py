@@ -1,0 +1,69 @@
+"""Preference pairs for text-to-SQL: the SQL that a model itself writes and gets wrong, beside the SQL that is right.
+
+```python
+from t2s_pref import SamplingSettings, explode_rejected, generate_rejected, load_sft, save_llamafactory, summary
+
+rows = load_sft("my_sft.json")
+rows = generate_rejected(rows, "Qwen/Qwen3-4B-Instruct-2507", SamplingSettings(num_rejects=4))
+pairs = explode_rejected(rows, dedup="normalized")
+save_llamafactory(pairs, "my_dpo.json")
+print(summary(rows, dedup="normalized"))
+```
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t2s_pref.demo import demo_files
+    from t2s_pref.engines import TransformersEngine
+    from t2s_pref.errors import UserError
+    from t2s_pref.generate import generate_rejected
+    from t2s_pref.llamafactory import save_llamafactory
+    from t2s_pref.load import load_sft
+    from t2s_pref.models import release_models
+    from t2s_pref.pairs import explode_rejected
+    from t2s_pref.settings import SamplingSettings
+    from t2s_pref.tally import Summary, summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SamplingSettings",
+    "Summary",
+    "TransformersEngine",
+    "UserError",
+    "demo_files",
+    "explode_rejected",
+    "generate_rejected",
+    "load_sft",
+    "release_models",
+    "save_llamafactory",
+    "summary",
+]
+
+_HOME = {
+    "SamplingSettings": "settings",
+    "Summary": "tally",
+    "TransformersEngine": "engines",
+    "UserError": "errors",
+    "demo_files": "demo",
+    "explode_rejected": "pairs",
+    "generate_rejected": "generate",
+    "load_sft": "load",
+    "release_models": "models",
+    "save_llamafactory": "llamafactory",
+    "summary": "tally",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is first asked for: `import t2s_pref` costs nothing, and a name brings only what it needs."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,59 @@
+"""The column names of every stage and the checks on them: one truth for the whole package."""
+
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+from t2s_pref.errors import UserError
+
+# What a row of supervised data carries. `output` is the gold SQL.
+INSTRUCTION = "instruction"
+INPUT = "input"
+OUTPUT = "output"
+SYSTEM = "system"
+HISTORY = "history"
+DB_ID = "db_id"
+DIALECT = "dialect"
+SOURCE_INDEX = "source_index"
+
+# What sampling adds. Each list but `rejected` has one element a sampled candidate; `rejected` has only the usable ones.
+REJECTED = "rejected"
+STATUS = "candidate_status"
+TOKENS = "generated_tokens"
+SECONDS = "generation_seconds"
+RAW = "raw_answers"
+
+# What a preference pair carries beside its source row.
+CHOSEN = "chosen"
+REJECTED_INDEX = "rejected_index"
+RAW_ANSWER = "raw_answer"
+
+REQUIRED = (INSTRUCTION, INPUT, OUTPUT)
+
+# How sampling a candidate ended: the values of `candidate_status`.
+SAMPLED = "sampled"
+TRUNCATED = "truncated"
+NO_SQL = "no_sql"
+PROMPT_TOO_LONG = "prompt_too_long"
+
+
+def check_columns(dataset: Dataset, needed: tuple[str, ...], way_out: str) -> None:
+    """Raise [`UserError`] where `dataset` lacks one of `needed`; `way_out` says which function adds them."""
+    missing = [name for name in needed if name not in dataset.column_names]
+    if missing:
+        raise UserError(f"Column {missing[0]!r} not found; columns are {dataset.column_names}. {way_out}")
+
+
+def each_split(dataset: Any, function: Callable[[Dataset], Dataset]) -> Any:
+    """Apply `function` to a `Dataset` or to each split of a `DatasetDict`; refuse what cannot be planned as a whole."""
+    if isinstance(dataset, DatasetDict):
+        return DatasetDict({split: function(part) for split, part in dataset.items()})
+    if isinstance(dataset, Dataset):
+        return function(dataset)
+    if isinstance(dataset, IterableDataset | IterableDatasetDict):
+        raise UserError(
+            f"{type(dataset).__name__} cannot be planned, cached or resumed; materialise it first: "
+            "Dataset.from_generator(lambda: (yield from dataset))"
+        )
+    raise UserError(f"Expected a Dataset or a DatasetDict, got {type(dataset).__name__}; load_sft makes one.")

@@ -1,0 +1,63 @@
+"""Files that are either whole or not there."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file that takes the name `path` only once it is complete and on disk.
+
+    A reader sees the old content or the new, never a part of it; on any error the temporary file is removed and `path`
+    stays as it was. Text is UTF-8 with `\\n` line ends. The parent folder is made where it is missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    # The name is short and hidden, and in the same folder: a rename is atomic only within one file system.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    try:
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a result is shared like any other file
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make renames and new names in `folder` survive a power cut, where the system can open a folder."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def looks_local(name: str | os.PathLike[str]) -> bool:
+    """Whether `name` means a path of this machine rather than an `owner/name` of the Hub.
+
+    An existing path always does. A missing one does where a Hub id could not be written like it: absolute, starting
+    with `.` or `~`, of more than two parts, with a backslash, or ending in a file type of data.
+    """
+    if not isinstance(name, str) or os.path.exists(name):
+        return True
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or name.endswith(("/", ".json", ".jsonl", ".ndjson"))
+    )

@@ -1,0 +1,254 @@
+"""Data files that LLaMA-Factory trains on, registered in its `dataset_info.json`: `save_llamafactory`.
+
+Checked against LLaMA-Factory 0.9.5. It drops or dies on nulls, mixed types, lists and empty files with messages that
+name no row, and trains silently on an empty reject or one equal to the chosen answer: so these are refused here. Not
+covered: the training YAML, and whether prompt and answers fit its `cutoff_len`.
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from datasets import Dataset, DatasetDict, Value
+from filelock import FileLock
+
+from t2s_pref.columns import (
+    CHOSEN,
+    DB_ID,
+    HISTORY,
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    REJECTED,
+    SYSTEM,
+    check_columns,
+    each_split,
+)
+from t2s_pref.errors import UserError
+from t2s_pref.files import atomic_write
+from t2s_pref.load import check_history
+
+logger = logging.getLogger(__name__)
+
+DATASET_INFO = "dataset_info.json"
+BATCH_ROWS = 1000
+
+
+def save_llamafactory(dataset: Dataset, path: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Write `dataset` as an alpaca file for LLaMA-Factory and register it in the `dataset_info.json` beside it.
+
+    Args:
+        dataset (`Dataset`):
+            With a column `chosen` or `rejected`: preference pairs, one reject a row, as `explode_rejected` makes them.
+            Otherwise with `output`: supervised rows.
+        path (`str` or `os.PathLike`):
+            `.json` for one indented array, `.jsonl` for one object a line. Missing folders are made. The file appears
+            whole or not at all, and rows are streamed into it: memory does not grow with the dataset.
+        name (`str`, *optional*, defaults to the file's stem):
+            What the training YAML calls it (`dataset: <name>`). No commas or blanks: LLaMA-Factory splits there.
+
+    Columns read: `instruction`, `input` (string; null is written as `""`); `chosen` and `rejected`, or `output`
+    (string, neither null nor blank, and `rejected` not equal to `chosen`); and where the dataset has them `system`,
+    `db_id` (null is written as `""`) and `history` (list of [user, assistant] pairs; null is written as `[]`), because
+    LLaMA-Factory wants one type in a column and reads `""` and `[]` as absent. Other columns are left out.
+
+    In `dataset_info.json` an entry of the same name is replaced, every other entry stays as it is and where it is.
+    Processes that save into one folder at the same time wait for each other there.
+
+    Returns:
+        `Path` of the data file.
+
+    Raises:
+        [`UserError`]: a column is missing or not of strings, a row is as LLaMA-Factory would drop or mislearn it, the
+            dataset is empty or a `DatasetDict` (save each split under a path of its own), the path or name cannot
+            be used, or the existing `dataset_info.json` is broken. Nothing is written then.
+
+    Example:
+
+    ```py
+    >>> import json, tempfile
+    >>> from datasets import Dataset
+    >>> from t2s_pref.llamafactory import save_llamafactory
+    >>> pair = {"instruction": "How many singers?", "input": "", "chosen": "SELECT count(*) FROM singer"}
+    >>> pairs = Dataset.from_list([{**pair, "rejected": "SELECT count(*) FROM song"}])
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = save_llamafactory(pairs, f"{folder.name}/my_dpo.json")
+    >>> json.loads(path.read_text())[0]["rejected"]
+    'SELECT count(*) FROM song'
+    >>> print((path.parent / "dataset_info.json").read_text())
+    {
+      "my_dpo": {
+        "file_name": "my_dpo.json",
+        "ranking": true,
+        "columns": {
+          "prompt": "instruction",
+          "query": "input",
+          "chosen": "chosen",
+          "rejected": "rejected"
+        }
+      }
+    }
+    <BLANKLINE>
+    >>> folder.cleanup()
+
+    ```
+    """
+    if isinstance(dataset, DatasetDict):
+        raise UserError(
+            f"save_llamafactory writes one file, got a DatasetDict of {list(dataset)}; save each split under a path of "
+            "its own: for split, part in dataset.items(): save_llamafactory(part, f'my_{split}.json')"
+        )
+    path, name = check_destination(path, name)
+    dataset = each_split(dataset, lambda whole: whole)  # refuses whatever else is not a Dataset
+    answers = _answer_columns(dataset)
+    columns = [INSTRUCTION, INPUT, *answers, *(n for n in (SYSTEM, HISTORY, DB_ID) if n in dataset.column_names)]
+    with atomic_write(path) as file:
+        _write(file, _records(dataset.select_columns(columns), answers), lines=path.suffix == ".jsonl")
+    _register(path.parent / DATASET_INFO, name, _entry(path.name, columns))
+    return path
+
+
+def check_destination(path: str | os.PathLike[str], name: str | None = None) -> tuple[Path, str]:
+    """Return the file and the dataset name that `save_llamafactory` would use; write nothing.
+
+    For programs that work for hours before they save: whatever is wrong with the destination shows at the start.
+
+    Raises:
+        [`UserError`]: the path or name cannot be used, or the existing `dataset_info.json` is broken.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.suffix not in (".json", ".jsonl"):
+        raise UserError(f"{str(path)!r} must end in .json (one array) or .jsonl (one object a line).")
+    if path.name.lower() == DATASET_INFO:
+        raise UserError(f"{str(path)!r} is where LLaMA-Factory registers datasets; give the data another file name.")
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; give a file in it.")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "may not be written" if nearest.is_dir() else "is a file, not a folder"
+        raise UserError(f"{str(path)!r} cannot be made: {str(nearest)!r} {reason}.")
+    name = path.stem if name is None else name
+    if not re.fullmatch(r"[^\s,]+", name):
+        raise UserError(f"Dataset name {name!r} must have no commas or blanks: LLaMA-Factory splits there. Pass name=.")
+    _read_info(path.parent / DATASET_INFO)
+    return path, name
+
+
+def _answer_columns(dataset: Dataset) -> tuple[str, ...]:
+    """Return the columns that hold answers, and refuse a dataset whose columns LLaMA-Factory cannot read."""
+    pairs = CHOSEN in dataset.column_names or REJECTED in dataset.column_names
+    answers = (CHOSEN, REJECTED) if pairs else (OUTPUT,)
+    explode = "call explode_rejected first: it makes one row a reject, with chosen and rejected as strings"
+    other = f"{explode}; or remove_columns({REJECTED!r}) to save supervised rows."
+    check_columns(dataset, (INSTRUCTION, INPUT, *answers), other if pairs else "load_sft reads them.")
+    for name in (INSTRUCTION, INPUT, *answers, SYSTEM, DB_ID):
+        feature = dataset.features.get(name, Value("string"))
+        nullable = name not in answers and feature == Value("null")
+        if feature not in (Value("string"), Value("large_string")) and not nullable:
+            hint = f"; {explode}." if name in (CHOSEN, REJECTED) else "; cast_column it to Value('string')."
+            raise UserError(f"Column {name!r} is {feature}, expected strings{hint}")
+    if not len(dataset):
+        raise UserError("The dataset is empty, and LLaMA-Factory fails on an empty file; nothing was written.")
+    return answers
+
+
+def _records(dataset: Dataset, answers: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the rows as LLaMA-Factory wants them, with the answers checked."""
+    row = 0
+    names = dataset.column_names
+    for batch in dataset.with_format(None).iter(BATCH_ROWS):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            record = dict(zip(names, values, strict=True))
+            _check_answers(record, answers, row)
+            if HISTORY in record:
+                check_history([record[HISTORY]], lambda problem, _, row=row: UserError(f"Row {row}: {problem}"))
+            yield {name: ([] if name == HISTORY else "") if value is None else value for name, value in record.items()}
+            row += 1
+
+
+def _check_answers(record: dict[str, Any], answers: tuple[str, ...], row: int) -> None:
+    for name in answers:
+        answer = record[name]
+        if answer is None or not answer.strip():
+            raise UserError(
+                f"Row {row}: column {name!r} is {'null' if answer is None else 'blank'}, and LLaMA-Factory would drop "
+                "the row or train on nothing. Filter such rows out first: "
+                f"dataset.filter(lambda r: (r[{name!r}] or '').strip())"
+            )
+    if REJECTED in record and record[REJECTED] == record[CHOSEN]:
+        raise UserError(
+            f"Row {row}: 'rejected' equals 'chosen', and LLaMA-Factory would train on the pair silently. Filter such "
+            "rows out first: dataset.filter(lambda r: r['rejected'] != r['chosen'])"
+        )
+
+
+def _write(file: IO[str], records: Iterator[dict[str, Any]], *, lines: bool) -> None:
+    """Write one object a line, or the very text of `json.dump(list(records), file, indent=2)` without the list."""
+    separator = "[\n  "
+    for record in records:
+        if lines:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            # A line feed inside a string is written \n, so every real one is indentation.
+            file.write(separator + json.dumps(record, ensure_ascii=False, indent=2).replace("\n", "\n  "))
+            separator = ",\n  "
+    if not lines:
+        file.write("\n]\n")
+
+
+def _entry(file_name: str, columns: list[str]) -> dict[str, Any]:
+    """Return the `dataset_info.json` entry: a column not listed counts as absent, one listed must be in the data."""
+    roles = {"prompt": INSTRUCTION, "query": INPUT}
+    if REJECTED in columns:
+        kind: dict[str, Any] = {"ranking": True}
+        roles |= {"chosen": CHOSEN, "rejected": REJECTED}
+    else:
+        kind = {"formatting": "alpaca"}
+        roles |= {"response": OUTPUT}
+    roles |= {role: role for role in (SYSTEM, HISTORY) if role in columns}
+    return {"file_name": file_name, **kind, "columns": roles}
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); left as it is; mend it or move it away.") from error
+    if not isinstance(info, dict):
+        raise UserError(f"{path}: is a {type(info).__name__}, expected an object of entries by name; left as it is.")
+    return info
+
+
+def _register(path: Path, name: str, entry: dict[str, Any]) -> None:
+    path = path.resolve()  # a link to the real file stays a link, and all that share that file share its lock
+    with _locked(path):
+        info = _read_info(path)  # again: another process may have added its entry meanwhile
+        if name in info:
+            logger.info("%s: replaced the entry %r", path, name)
+        info[name] = entry
+        with atomic_write(path) as file:
+            # ASCII, because LLaMA-Factory opens this file in the platform's own encoding.
+            json.dump(info, file, indent=2, ensure_ascii=True)
+            file.write("\n")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold `path` against other processes, and leave no lock file; one that a killed process left blocks nobody."""
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            # While it is held: whoever waits on this file sees that it has no name any more and starts over. Windows
+            # cannot delete an open file; there filelock does it on release.
+            if sys.platform != "win32":
+                lock.unlink(missing_ok=True)

@@ -1,0 +1,507 @@
+"""Supervised text-to-SQL data, from wherever it lies, as one canonical `Dataset`: `load_sft`.
+
+JSON files are parsed here and not by `load_dataset("json")`, which guesses: date-like strings become timestamps, large
+ids floats, mixed columns JSON text, and a broken file an error without a line. Here nothing is guessed and nothing is
+mended but what `load_sft` documents; whatever else is wrong is named with its file, record, line and column.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSplit, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from t2s_pref.columns import (
+    DB_ID,
+    DIALECT,
+    HISTORY,
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    REQUIRED,
+    SOURCE_INDEX,
+    SYSTEM,
+    each_split,
+)
+from t2s_pref.errors import UserError
+from t2s_pref.files import looks_local
+
+logger = logging.getLogger(__name__)
+
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+TEXT = (*REQUIRED, SYSTEM, DB_ID, DIALECT)
+KNOWN = (*REQUIRED, SYSTEM, HISTORY, DB_ID, DIALECT, SOURCE_INDEX)
+EXPECTED = "expected objects with the text columns instruction, input and output (the gold SQL)"
+EXPECTED_FILE = f"{EXPECTED}, as a JSON array or one a line"
+MAX_KEYS = 1000  # more distinct keys than this are data used as names, and would make a column of each
+HASHED_ROWS = 1000  # a fixed number, so that the fingerprint does not depend on how Arrow chunks the table
+
+_KINDS = {
+    str: "a string",
+    int: "an integer",
+    float: "a float",
+    bool: "a boolean",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+_NOT_UTF8 = (
+    (b"\xff\xfe\x00\x00", "UTF-32 text; re-encode it as UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32 text; re-encode it as UTF-8"),
+    (b"\xff\xfe", "UTF-16 text; re-encode it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text; re-encode it as UTF-8"),
+    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
+    (b"PK\x03\x04", "a zip archive; unpack it first"),
+    (b"PAR1", "a Parquet file; pass Dataset.from_parquet(path)"),
+)
+_BLANK = re.compile(r"[ \t\n\r]*")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def load_sft(
+    source: str | os.PathLike[str] | Dataset | DatasetDict, *, split: str | None = None, revision: str | None = None
+) -> Dataset | DatasetDict:
+    r"""Load alpaca rows for text-to-SQL as a `Dataset` with explicit types, checked record by record.
+
+    Args:
+        source (`str`, `os.PathLike`, `Dataset` or `DatasetDict`):
+            A JSON file holding an array of objects; a file of JSON lines (`.jsonl`, `.ndjson`, or a `.json` whose
+            first line is one whole object and not the last); a dataset on the Hub (`user/name`); or a dataset in
+            memory. What is neither a file nor looks like one (a suffix `.json`/`.jsonl`/`.ndjson`, a leading `/`, `.`
+            or `~`, more than one slash) is taken for a Hub id. The rows are held in memory.
+        split (`str`, *optional*):
+            Split of a Hub dataset, in the syntax of `load_dataset`. Without it every split is loaded.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub dataset.
+
+    Columns read: `instruction`, `input`, `output` (required in every record; string or null, and null is `""`; `output`
+    is the gold SQL), `system`, `db_id`, `dialect` (string or null), `history` (list of [user, assistant] string pairs,
+    or null). Every other column is kept if its values are of one type, null allowed anywhere: string, int64, float64,
+    bool, lists and objects of these. Integers among floats become floats if none loses a digit. A column absent from
+    the source is absent from the result.
+
+    Column added: `source_index` (int64), the record's position in the source from 0, counted before any row is
+    skipped. A source that has it already, without nulls, keeps it.
+
+    Rows with an empty gold (null or blank `output`) are skipped, logged as a warning and counted in
+    `dataset.info.description`. The fingerprint is made from the content alone: the same rows have the same one whatever
+    their path, date or process, so that what is cached for them is found again.
+
+    Returns:
+        `Dataset`, or `DatasetDict` for a `DatasetDict` and for a Hub dataset without `split`.
+
+    Raises:
+        [`UserError`]: the source does not exist, is not JSON in UTF-8, or a record is not as described above. The
+            message names the file, the record (from 0) with its line, and the column.
+
+    Example:
+
+    ```py
+    >>> from datasets import Dataset
+    >>> from t2s_pref.load import load_sft
+    >>> rows = [{"instruction": "How many singers?", "input": None, "output": "SELECT count(*) FROM singer"}]
+    >>> dataset = load_sft(Dataset.from_list(rows))
+    >>> dataset.column_names
+    ['instruction', 'input', 'output', 'source_index']
+    >>> dataset.info.description
+    'load_sft: 1 rows read, 0 skipped for an empty gold'
+
+    ```
+    """
+    path = _local_file(source) if isinstance(source, str | os.PathLike) else None
+    if path is None and isinstance(source, str):
+        return each_split(_from_hub(source, split, revision), partial(_from_dataset, name=source))
+    if split is not None or revision is not None:
+        raise UserError("split= and revision= choose from a Hub dataset; pass dataset[split], or leave them out here.")
+    return each_split(source, _from_dataset) if path is None else _from_file(path)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where records come from, so that an error can say where to look."""
+
+    name: str
+    text: str = ""
+    offsets: list[int] = field(default_factory=list)  # of each record in `text`; none for a dataset
+
+    def line(self, offset: int) -> int:
+        return self.text.count("\n", 0, offset) + 1
+
+    def at(self, record: int) -> str:
+        return f"record {record}" + (f" (line {self.line(self.offsets[record])})" if self.offsets else "")
+
+    def error(self, problem: str, record: int | None = None) -> UserError:
+        return UserError(f"{self.name}: {problem}" if record is None else f"{self.name}: {self.at(record)}: {problem}")
+
+
+# Finding the source
+
+
+def _local_file(source: str | os.PathLike[str]) -> Path | None:
+    """Return the file that `source` names, or None where it can only be a Hub id."""
+    name = os.fspath(source)
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        raise UserError(f"{name!r} is a folder; give the JSON or JSON Lines file in it.")
+    if path.exists():
+        return path
+    if looks_local(source) or not _HUB_ID.fullmatch(name):
+        raise UserError(f"{name!r}: no such file (looked in {os.getcwd()}); a Hub dataset is written user/name.")
+    return None
+
+
+def _from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset | DatasetDict:
+    try:
+        return load_dataset(repo_id, split=split, revision=revision)
+    except Exception as error:
+        # Three libraries with no exception in common lie below, from the network's to a bare StopIteration for an empty
+        # file. `DatasetGenerationError` itself says nothing: what went wrong is its cause.
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"{repo_id}: neither a file here nor loaded as a dataset from the Hub: {reason}") from error
+
+
+# From a file to records
+
+
+def _from_file(path: Path) -> Dataset:
+    text = _read_text(path)
+    origin = _Origin(str(path), text)
+    lines = path.suffix.lower() in LINES_SUFFIXES or _holds_json_lines(text)
+    records = _parse_lines(origin) if lines else _parse_array(origin)
+    if not records:
+        raise origin.error(f"holds no records; {EXPECTED}.")
+    for number, record in enumerate(records):
+        for name in REQUIRED:
+            if name not in record:
+                raise origin.error(f"column {name!r} is missing; columns are {list(record)}; {EXPECTED}.", number)
+    names = _keys("the records", records, origin)
+    known = {name: [record.get(name) for record in records] for name in KNOWN if name in names}
+    extra = {}
+    for name in names:
+        if name not in KNOWN:
+            extra[name] = _array(name, [record.get(name) for record in records], None, origin)
+    schema = pa.schema([(name, array.type) for name, array in extra.items()])
+    return _build(known, extra, Features.from_arrow_schema(schema), origin)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
+    for start, kind in _NOT_UTF8:
+        if data.startswith(start):
+            raise UserError(f"{path}: is {kind}.")
+    if b"\x00" in data[:4]:  # JSON starts with ASCII characters
+        raise UserError(f"{path}: is UTF-16 or UTF-32 text, or binary; re-encode it as UTF-8.")
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}: byte {data[error.start]:#04x} at offset {error.start} (line {line}) is not UTF-8; "
+            "re-encode the file as UTF-8, for instance iconv -f <its encoding> -t UTF-8."
+        ) from error
+    if _skip_blank(text, 0) == len(text):
+        raise UserError(f"{path}: is empty; {EXPECTED_FILE}.")
+    return text
+
+
+def _holds_json_lines(text: str) -> bool:
+    """Whether the first line is a whole object and more follows: an array or a single object never looks like that."""
+    line, _, rest = text.lstrip(" \t\n\r").partition("\n")
+    if not line.startswith("{") or not rest.strip():
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse_lines(origin: _Origin) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    start = 0
+    for line in origin.text.split("\n"):  # splitlines() would cut inside strings, at U+2028 for one
+        offset, start = start, start + len(line) + 1
+        begin = _skip_blank(line, 0)
+        if begin == len(line):
+            continue
+        if not records and line[begin] == "[":
+            raise origin.error("holds a JSON array, not JSON Lines; rename it to .json.")
+        record, end = _decode(line, begin, origin, offset)
+        if _skip_blank(line, end) < len(line):
+            raise origin.error(f"text after the object, {line[end : end + 20]!r}; one object a line.", len(records))
+        records.append(record)
+    return records
+
+
+def _parse_array(origin: _Origin) -> list[dict[str, Any]]:
+    text = origin.text
+    start = _skip_blank(text, 0)
+    if text[start] != "[":
+        raise origin.error(_not_an_array(text, start))
+    records: list[dict[str, Any]] = []
+    position = _skip_blank(text, start + 1)
+    while text[position : position + 1] != "]":
+        record, end = _decode(text, position, origin)
+        records.append(record)
+        position = _skip_blank(text, end)
+        mark = text[position : position + 1]
+        if mark == ",":
+            position = _skip_blank(text, position + 1)
+            if text[position : position + 1] == "]":
+                raise origin.error("trailing comma after this record, the last; remove it.", len(records) - 1)
+        elif mark != "]":
+            found = f"line {origin.line(position)} has {text[position : position + 20]!r}" if mark else "the file ends"
+            raise origin.error(f"after this record {found}; expected , or ]", len(records) - 1)
+    if _skip_blank(text, position + 1) < len(text):
+        raise origin.error(f"line {origin.line(position)}: text after the ] that closes the array; remove it.")
+    return records
+
+
+def _not_an_array(text: str, start: int) -> str:
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return f"starts with {text[start : start + 20]!r}, not with an array; {EXPECTED_FILE}."
+    found = _KINDS[type(value)]
+    if isinstance(value, dict):
+        found += f" with the keys {list(value)[:8]}"
+        under = next((key for key, inner in value.items() if isinstance(inner, list)), None)
+        if under is not None:
+            found += f"; the records seem to be under {under!r}, so save that list alone"
+    return f"is one value, {found}; {EXPECTED_FILE}."
+
+
+def _skip_blank(text: str, position: int) -> int:
+    return _BLANK.match(text, position).end()  # matches always, be it nothing
+
+
+class _DuplicateKeyError(ValueError):
+    """A key stands twice in one object: the standard parser would drop the first value silently."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice in one object.")
+    return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _decode(text: str, position: int, origin: _Origin, base: int = 0) -> tuple[dict[str, Any], int]:
+    """Parse the record at `position` of `text`, which begins at offset `base` of the file."""
+    number = len(origin.offsets)
+    origin.offsets.append(base + position)
+    try:
+        record, end = _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise origin.error(_syntax_problem(error, origin.line(base + error.pos)), number) from error
+    except RecursionError as error:
+        raise origin.error("lists or objects are nested too deeply.", number) from error
+    except _DuplicateKeyError as error:
+        raise origin.error(str(error), number) from error
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise origin.error("a number has thousands of digits; write it as a string.", number) from error
+    if not isinstance(record, dict):
+        raise origin.error(f"is {_KINDS[type(record)]}; {EXPECTED}.", number)
+    return record, end
+
+
+def _syntax_problem(error: json.JSONDecodeError, line: int) -> str:
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if not after or error.msg.startswith("Unterminated string"):
+        return "ends too early: the file is cut off, or a quote or bracket is missing."
+    if (before.endswith(",") and after[0] in "}]") or error.msg.startswith("Illegal trailing comma"):
+        return f"trailing comma at line {line} column {error.colno}; remove it."
+    return f"not JSON: {error.msg} at line {line} column {error.colno}, before {after[:20]!r}."
+
+
+# From values to Arrow
+
+
+def _keys(what: str, objects: Iterable[dict[str, Any]], origin: _Origin) -> list[str]:
+    keys = list(dict.fromkeys(key for item in objects for key in item))
+    if len(keys) > MAX_KEYS:
+        raise origin.error(f"{what} have {len(keys)} different keys; data used as keys belongs in a JSON string.")
+    for key in keys:
+        if _lone_surrogate(key):
+            raise origin.error(f"key {key!a} holds half of a surrogate pair, which is not text.")
+    return keys
+
+
+def _lone_surrogate(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
+def _array(name: str, values: list[Any], arrow_type: pa.DataType | None, origin: _Origin) -> pa.Array:
+    """Make the Arrow array of a column, of `arrow_type` or of the one type that its values have."""
+    arrow_type = arrow_type or _arrow_type(name, values, range(len(values)), origin)
+    try:
+        return pa.array(values, arrow_type)
+    except UnicodeEncodeError as error:
+        # Arrow finds it, and names no row: the slow search is for the error only.
+        for record, value in enumerate(values):
+            if half := _lone_surrogate(json.dumps(value, ensure_ascii=False)):
+                problem = f"column {name!r} holds {half!a}, half of a surrogate pair, which is not text."
+                raise origin.error(problem, record) from error
+        raise
+
+
+def _arrow_type(name: str, values: Sequence[Any], records: Sequence[int], origin: _Origin) -> pa.DataType:
+    """Return the one type of `values`, the k-th of which is from record `records[k]`; refuse a mixture."""
+    kinds = set(map(type, values)) - {type(None)}
+    if len(kinds) > 1 and kinds != {int, float}:
+        raise _mixed(name, values, records, origin)
+    _refuse(values, records, origin, lambda v: type(v) is int and not -(2**63) <= v < 2**63,
+            f"column {name!r} is beyond a 64-bit integer; write such numbers as strings")  # fmt: skip
+    _refuse(values, records, origin, lambda v: type(v) is float and not math.isfinite(v),
+            f"column {name!r} is not a finite number; JSON has none such, write null")  # fmt: skip
+    if kinds == {int, float}:
+        if any(type(value) is int and int(float(value)) != value for value in values):
+            raise _mixed(name, values, records, origin)
+        return pa.float64()
+    kind = kinds.pop() if kinds else type(None)
+    if kind is list:
+        parts = [(item, record) for value, record in zip(values, records, strict=True) for item in value or ()]
+        return pa.list_(_arrow_type(f"{name}[]", [p[0] for p in parts], [p[1] for p in parts], origin))
+    if kind is dict:
+        present = [(value, record) for value, record in zip(values, records, strict=True) if value is not None]
+        numbers = [record for _, record in present]
+        return pa.struct([
+            (key, _arrow_type(f"{name}.{key}", [value.get(key) for value, _ in present], numbers, origin))
+            for key in _keys(f"the objects in column {name!r}", (value for value, _ in present), origin)
+        ])  # fmt: skip
+    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}.get(kind, pa.null())
+
+
+def _refuse(
+    values: Sequence[Any], records: Sequence[int], origin: _Origin, bad: Callable[[Any], bool], problem: str
+) -> None:
+    for value, record in zip(values, records, strict=True):
+        if bad(value):
+            raise origin.error(f"{problem} (found {str(value)[:30]}).", record)
+
+
+def _mixed(name: str, values: Sequence[Any], records: Sequence[int], origin: _Origin) -> UserError:
+    first: dict[type, int] = {}
+    for value, record in zip(values, records, strict=True):
+        if value is not None:
+            first.setdefault(type(value), record)
+    (kind, record), (other_kind, other_record), *_ = first.items()
+    kinds = f"{_KINDS[kind]} in {origin.at(record)}, {_KINDS[other_kind]} in {origin.at(other_record)}"
+    reason = "an integer too long for a float" if {kind, other_kind} == {int, float} else "one column has one type"
+    return origin.error(f"column {name!r} mixes types: {kinds}; {reason}.")
+
+
+# From columns to the dataset
+
+
+def _from_dataset(dataset: Dataset, name: str = "dataset") -> Dataset:
+    origin = _Origin(f"{name} (split {dataset.split})" if dataset.split else name)
+    features = dataset.features
+    for column in REQUIRED:
+        if column not in features:
+            raise origin.error(f"column {column!r} is missing; columns are {dataset.column_names}; {EXPECTED}.")
+    if not len(dataset):
+        raise origin.error(f"holds no records; {EXPECTED}.")
+    table = dataset.with_format("arrow")[:]
+    known = {}
+    for column in KNOWN:
+        if column in features:
+            # `Json` holds mixed types as JSON text, in which every string has quotes that are not its own.
+            if isinstance(table.schema.field(column).type, pa.BaseExtensionType):
+                raise origin.error(f"column {column!r} is {features[column]}, of mixed types; expected one type.")
+            known[column] = table.column(column).to_pylist()
+    extra = {column: table.column(column) for column in features if column not in KNOWN}
+    return _build(known, extra, Features({column: features[column] for column in extra}), origin, dataset.split)
+
+
+def _build(
+    known: dict[str, list[Any]],
+    extra: dict[str, pa.Array | pa.ChunkedArray],
+    extra_features: Features,
+    origin: _Origin,
+    split: NamedSplit | None = None,
+) -> Dataset:
+    rows = len(known[OUTPUT])
+    for name in TEXT:
+        if name in known:
+            _check_values(name, known[name], str, "a string", origin)
+    if HISTORY in known:
+        check_history(known[HISTORY], origin.error)
+    known.setdefault(SOURCE_INDEX, list(range(rows)))
+    _check_source_index(known[SOURCE_INDEX], origin)
+    for name in (INSTRUCTION, INPUT):
+        known[name] = [text or "" for text in known[name]]
+
+    types = {HISTORY: List(List(Value("string"))), SOURCE_INDEX: Value("int64")}
+    names = [name for name in KNOWN if name in known and name != SOURCE_INDEX]
+    features = Features({name: types.get(name, Value("string")) for name in names})
+    features.update(extra_features)
+    features[SOURCE_INDEX] = types[SOURCE_INDEX]  # last, where an added column is looked for
+    arrays = {n: _array(n, known[n], features.arrow_schema.field(n).type, origin) for n in (*names, SOURCE_INDEX)}
+    table = pa.table({name: extra[name] if name in extra else arrays[name] for name in features})
+
+    empty = [record for record, gold in enumerate(known[OUTPUT]) if not gold or gold.isspace()]
+    if len(empty) == rows:
+        raise origin.error(f"every one of its {rows} rows has an empty output; the gold SQL belongs there.")
+    if empty:
+        skipped = set(empty)
+        table = table.filter(pa.array([record not in skipped for record in range(rows)]))
+        first = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        logger.warning("%s: skipped %d of %d rows with an empty gold: records %s", origin.name, len(empty), rows, first)
+    description = f"load_sft: {rows} rows read, {len(empty)} skipped for an empty gold"
+    info = DatasetInfo(description=description, features=features)
+    return Dataset(table, info=info, split=split, fingerprint=_fingerprint(table, features))
+
+
+def _check_values(name: str, values: list[Any], kind: type, expected: str, origin: _Origin) -> None:
+    if set(map(type, values)) <= {kind, type(None)}:
+        return
+    record, value = next((r, v) for r, v in enumerate(values) if v is not None and type(v) is not kind)
+    found = _KINDS.get(type(value), f"a {type(value).__name__}")
+    raise origin.error(f"column {name!r} is {found} ({str(value)[:30]!r}); expected {expected} or null.", record)
+
+
+def _check_source_index(values: list[Any], origin: _Origin) -> None:
+    for record, value in enumerate(values):
+        if type(value) is not int or not -(2**63) <= value < 2**63:
+            problem = f"column {SOURCE_INDEX!r} is {str(value)[:30]!r}; load_sft keeps integers there"
+            raise origin.error(f"{problem}, rename the column.", record)
+
+
+def check_history(values: Sequence[Any], error: Callable[[str, int], UserError]) -> None:
+    """Raise `error(problem, row number)` at the first value that is not null or a list of two-string lists."""
+    for row, turns in enumerate(values):
+        pairs = [] if turns is None else turns if isinstance(turns, list) else [turns]
+        for pair in pairs:
+            if not (isinstance(pair, list) and len(pair) == 2 and all(type(part) is str for part in pair)):
+                expected = "expected a list of [user, assistant] string pairs, or null"
+                raise error(f"column {HISTORY!r} has {str(pair)[:40]!r}; {expected}.", row)
+
+
+def _fingerprint(table: pa.Table, features: Features) -> str:
+    digest = hashlib.blake2b(json.dumps(features.to_dict()).encode(), digest_size=16)
+    for start in range(0, table.num_rows, HASHED_ROWS):
+        rows = table.slice(start, HASHED_ROWS).to_pylist()
+        digest.update(json.dumps(rows, default=repr).encode())  # repr: what JSON lacks, such as a timestamp
+    return digest.hexdigest()
