@@ -8,6 +8,7 @@ import re
 
 
 def words(text: str) -> frozenset[str]:
+    """The words of a space-separated list, for looking up."""
     return frozenset(text.split())
 
 

@@ -1,0 +1,165 @@
+"""Arrow results that are found again: `Dataset.map` with a key of our own, and files that are checked before use."""
+
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, is_caching_enabled
+from huggingface_hub.constants import HF_HOME
+
+from t2s_pref.errors import UserError
+from t2s_pref.files import atomic_write
+from t2s_pref.weights import hash_file, hash_parts
+
+logger = logging.getLogger(__name__)
+
+# Arguments of `Dataset.map` that change neither its rows nor their key; anything else is decided here.
+PASSED_ON = {"desc", "writer_batch_size", "load_from_cache_file"}
+
+
+def cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder of results and samples: `cache_dir`, or `t2s_pref` under `HF_HOME`."""
+    return Path(cache_dir).expanduser() if cache_dir else Path(HF_HOME) / "t2s_pref"
+
+
+def check_map_kwargs(map_kwargs: dict[str, Any]) -> None:
+    """Refuse arguments of `Dataset.map` that would break a result's key or its order, with the way out."""
+    if "num_proc" in map_kwargs:
+        raise UserError("num_proc is not supported; for several processes use `accelerate launch --num_processes N`.")
+    if refused := sorted(set(map_kwargs) - PASSED_ON):
+        raise UserError(f"Argument {refused[0]!r} is not known here; passed on to Dataset.map are {sorted(PASSED_ON)}.")
+
+
+def find(dataset: Dataset, step: str, key: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> Dataset | None:
+    """The result of `step` on `dataset` under `key`, where it was kept and is still as it was written.
+
+    Arrow itself reads a file that was cut or altered without a word, so the file's content is compared.
+    """
+    path, fingerprint = _place(dataset, step, key, cache_dir)
+    return _open(path, fingerprint, dataset) if _intact(path) else None
+
+
+def keep(
+    dataset: Dataset,
+    step: str,
+    key: dict[str, Any],
+    cache_dir: str | os.PathLike[str] | None,
+    build: Callable[[Path, str], Dataset],
+) -> Dataset:
+    """Build the result of `step` on `dataset` and keep it under `key`.
+
+    Args:
+        build: given a folder to work in and a fingerprint, writes `result.arrow` there and returns the dataset.
+    """
+    path, fingerprint = _place(dataset, step, key, cache_dir)
+    with draft_folder(path.parent) as folder:
+        built = build(folder, fingerprint)
+        draft = folder / "result.arrow"
+        if not draft.exists():  # `map` writes no file for a dataset without rows
+            return built
+        del built
+        seal = {"size": draft.stat().st_size, "xxh3": hash_file(draft)}
+        # without its seal a file is not found: whatever happens between these three lines, none is found by half
+        _seal(path).unlink(missing_ok=True)
+        os.replace(draft, path)
+    with atomic_write(_seal(path)) as file:
+        json.dump(seal, file)
+    return _open(path, fingerprint, dataset)
+
+
+def _place(
+    dataset: Dataset, step: str, key: dict[str, Any], cache_dir: str | os.PathLike[str] | None
+) -> tuple[Path, str]:
+    fingerprint = hash_parts([step.encode(), dataset._fingerprint.encode(), json.dumps(key, sort_keys=True).encode()])
+    return cache_folder(cache_dir) / step / f"{fingerprint}.arrow", fingerprint
+
+
+def _open(path: Path, fingerprint: str, source: Dataset) -> Dataset:
+    result = Dataset.from_file(str(path), split=source.split)
+    result._fingerprint = fingerprint
+    result.info.description = source.info.description
+    return result
+
+
+def cached_map(
+    dataset: Dataset,
+    function: Callable[..., dict[str, list]],
+    *,
+    step: str,
+    key: dict[str, Any],
+    features: Features,
+    remove_columns: list[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None,
+    map_kwargs: dict[str, Any],
+) -> Dataset:
+    """A batched `Dataset.map` whose result is found again."""
+    check_map_kwargs(map_kwargs)
+    passed = {"desc": step.capitalize(), **map_kwargs}
+    if may_reuse(passed) and (found := find(dataset, step, key, cache_dir)) is not None:
+        return found
+
+    def build(folder: Path, fingerprint: str) -> Dataset:
+        return dataset.map(
+            function,
+            batched=True,
+            features=features,
+            remove_columns=remove_columns,
+            cache_file_name=str(folder / "result.arrow"),
+            new_fingerprint=fingerprint,
+            load_from_cache_file=False,
+            **passed,
+        )
+
+    return keep(dataset, step, key, cache_dir, build)
+
+
+def may_reuse(map_kwargs: dict[str, Any]) -> bool:
+    """Take `load_from_cache_file` out of `map_kwargs`; by default what `datasets.enable_caching` says."""
+    asked = map_kwargs.pop("load_from_cache_file", None)
+    return is_caching_enabled() if asked is None else asked
+
+
+def _seal(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _intact(path: Path) -> bool:
+    try:
+        seal = json.loads(_seal(path).read_text(encoding="utf-8"))
+        if path.stat().st_size == seal["size"] and hash_file(path) == seal["xxh3"]:
+            return True
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    logger.warning("%s is damaged; computing it again.", path)
+    return False
+
+
+@contextmanager
+def draft_folder(parent: Path) -> Iterator[Path]:
+    """A folder of this process's own, so that two runs of one key do not write into each other's files."""
+    parent.mkdir(parents=True, exist_ok=True)
+    mine = f".draft-{socket.gethostname()}-"
+    for left in parent.glob(f"{mine}*"):  # by processes that were killed
+        if not _alive(left.name.removeprefix(mine).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{mine}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        pass
+    return True

@@ -1,0 +1,73 @@
+"""The sampling settings: the command line, the cache key and the card in one frozen dataclass."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from t2s_pref.errors import UserError
+
+# Raise it whenever the same settings and weights give other candidates, or the same candidates another SQL: it is part
+# of every key, so that old samples are never served for new code. tests/test_golden.py fails where that was forgotten.
+SAMPLING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How candidates are drawn from the policy model.
+
+    Nothing of the model's own `generation_config` but its end-of-sequence tokens takes effect: what is not set here
+    is off (no `top_k`, no repetition penalty).
+
+    Args:
+        num_rejects (`int`, *optional*, defaults to `3`): Candidates a row.
+        seed (`int`, *optional*, defaults to `1234`): Base seed; a row's own is `seed + 1000 * source_index`.
+        max_new_tokens (`int`, *optional*, defaults to `4096`): Length cap of an answer, in tokens; a candidate that
+            reaches it is dropped and counted.
+        temperature (`float`, *optional*, defaults to `0.7`): `0` is greedy decoding, one candidate a row.
+        top_p (`float`, *optional*, defaults to `0.9`): Nucleus, in `(0, 1]`; `1` keeps the whole vocabulary.
+        enable_thinking (`bool`, *optional*, defaults to `False`): Given to the chat template; a think block in the
+            answer never becomes part of the SQL.
+
+    Raises:
+        [`UserError`]: on a value outside of its range.
+    """
+
+    num_rejects: int = 3
+    seed: int = 1234
+    max_new_tokens: int = 4096
+    temperature: float = 0.7
+    top_p: float = 0.9
+    enable_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_rejects", "seed", "max_new_tokens"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise UserError(f"{name} is {value!r}; it must be an integer.")
+        for name in ("temperature", "top_p"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
+                raise UserError(f"{name} is {value!r}; it must be a number.")
+            # 1 and 1.0 are one setting, so they must be one cache key
+            object.__setattr__(self, name, float(value))
+        if self.num_rejects < 1:
+            raise UserError(f"num_rejects is {self.num_rejects}; it must be 1 or more.")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = the whole vocabulary).")
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates a row gets: greedy decoding has only one answer to give."""
+        return 1 if self.temperature == 0 else self.num_rejects
+
+    def row_seed(self, source_index: int) -> int:
+        """Seed of the row at `source_index`, spaced as in the source recipe."""
+        return self.seed + 1000 * source_index
+
+    def drawing(self) -> dict[str, Any]:
+        """What decides a candidate beside its row seed and number: the part of the settings that keys the store."""
+        fields = asdict(self)
+        del fields["num_rejects"], fields["seed"]
+        return fields
