@@ -124,11 +124,13 @@ def _reject(args: argparse.Namespace) -> None:
     from t2s_pref.llamafactory import check_destination, save_llamafactory
     from t2s_pref.load import load_sft
     from t2s_pref.pairs import explode_rejected
+    from t2s_pref.sql import check_dialect
     from t2s_pref.tally import summary
 
     if args.max_samples < 0:
         raise UserError(f"--max-samples is {args.max_samples}; it must be 0 (all rows) or more.")
     check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
+    check_dialect(args.dialect)
     settings = SamplingSettings(**{name: getattr(args, name) for name in DEFAULTS})
     engine = TransformersEngine(
         args.base_model,

@@ -49,7 +49,7 @@ def find_model(name: str, revision: str | None, memo: Path) -> Source:
     if looks_local(name):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            what = "has no config.json" if folder.is_dir() else "does not exist"
+            what = "has no config.json" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
             raise UserError(f"Base model folder {name!r} {what}; give a model folder or a Hub id (owner/name).")
         return Source(str(folder), None, content_hash(folder, memo))
     try:

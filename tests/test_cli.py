@@ -82,9 +82,8 @@ def test_the_readme_lists_every_option_with_its_default():
     found = options(build_parser())
     assert set(rows) == set(found)
     for name, action in found.items():
-        shown = {None: "", "": "none", False: "off"}.get(action.default, action.default)
-        shown = "required" if action.required else shown
-        assert rows[name].strip().strip("`") == str(shown), name
+        shown = "off" if action.default is False else "none" if action.default in (None, "") else action.default
+        assert rows[name].strip().strip("`") == ("required" if action.required else str(shown)), name
 
 
 def test_the_commands_in_the_readme_are_understood():
