@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,36 +34,15 @@ from t2s_pref.columns import (
 )
 from t2s_pref.errors import UserError
 from t2s_pref.files import looks_local
+from t2s_pref.records import EXPECTED, KINDS, Origin, read_records
 
 logger = logging.getLogger(__name__)
 
-LINES_SUFFIXES = (".jsonl", ".ndjson")
 TEXT = (*REQUIRED, SYSTEM, DB_ID, DIALECT)
 KNOWN = (*REQUIRED, SYSTEM, HISTORY, DB_ID, DIALECT, SOURCE_INDEX)
-EXPECTED = "expected objects with the text columns instruction, input and output (the gold SQL)"
-EXPECTED_FILE = f"{EXPECTED}, as a JSON array or one a line"
 MAX_KEYS = 1000  # more distinct keys than this are data used as names, and would make a column of each
 HASHED_ROWS = 1000  # a fixed number, so that the fingerprint does not depend on how Arrow chunks the table
 
-_KINDS = {
-    str: "a string",
-    int: "an integer",
-    float: "a float",
-    bool: "a boolean",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
-_NOT_UTF8 = (
-    (b"\xff\xfe\x00\x00", "UTF-32 text; re-encode it as UTF-8"),
-    (b"\x00\x00\xfe\xff", "UTF-32 text; re-encode it as UTF-8"),
-    (b"\xff\xfe", "UTF-16 text; re-encode it as UTF-8"),
-    (b"\xfe\xff", "UTF-16 text; re-encode it as UTF-8"),
-    (b"\x1f\x8b", "compressed with gzip; unpack it first"),
-    (b"PK\x03\x04", "a zip archive; unpack it first"),
-    (b"PAR1", "a Parquet file; pass Dataset.from_parquet(path)"),
-)
-_BLANK = re.compile(r"[ \t\n\r]*")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -126,24 +104,6 @@ def load_sft(
     return each_split(source, _from_dataset) if path is None else _from_file(path)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where records come from, so that an error can say where to look."""
-
-    name: str
-    text: str = ""
-    offsets: list[int] = field(default_factory=list)  # of each record in `text`; none for a dataset
-
-    def line(self, offset: int) -> int:
-        return self.text.count("\n", 0, offset) + 1
-
-    def at(self, record: int) -> str:
-        return f"record {record}" + (f" (line {self.line(self.offsets[record])})" if self.offsets else "")
-
-    def error(self, problem: str, record: int | None = None) -> UserError:
-        return UserError(f"{self.name}: {problem}" if record is None else f"{self.name}: {self.at(record)}: {problem}")
-
-
 # Finding the source
 
 
@@ -171,16 +131,11 @@ def _from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset 
         raise UserError(f"{repo_id}: neither a file here nor loaded as a dataset from the Hub: {reason}") from error
 
 
-# From a file to records
+# From records to columns
 
 
 def _from_file(path: Path) -> Dataset:
-    text = _read_text(path)
-    origin = _Origin(str(path), text)
-    lines = path.suffix.lower() in LINES_SUFFIXES or _holds_json_lines(text)
-    records = _parse_lines(origin) if lines else _parse_array(origin)
-    if not records:
-        raise origin.error(f"holds no records; {EXPECTED}.")
+    records, origin = read_records(path)
     for number, record in enumerate(records):
         for name in REQUIRED:
             if name not in record:
@@ -195,146 +150,10 @@ def _from_file(path: Path) -> Dataset:
     return _build(known, extra, Features.from_arrow_schema(schema), origin)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from error
-    for start, kind in _NOT_UTF8:
-        if data.startswith(start):
-            raise UserError(f"{path}: is {kind}.")
-    if b"\x00" in data[:4]:  # JSON starts with ASCII characters
-        raise UserError(f"{path}: is UTF-16 or UTF-32 text, or binary; re-encode it as UTF-8.")
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}: byte {data[error.start]:#04x} at offset {error.start} (line {line}) is not UTF-8; "
-            "re-encode the file as UTF-8, for instance iconv -f <its encoding> -t UTF-8."
-        ) from error
-    if _skip_blank(text, 0) == len(text):
-        raise UserError(f"{path}: is empty; {EXPECTED_FILE}.")
-    return text
-
-
-def _holds_json_lines(text: str) -> bool:
-    """Whether the first line is a whole object and more follows: an array or a single object never looks like that."""
-    line, _, rest = text.lstrip(" \t\n\r").partition("\n")
-    if not line.startswith("{") or not rest.strip():
-        return False
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _parse_lines(origin: _Origin) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    start = 0
-    for line in origin.text.split("\n"):  # splitlines() would cut inside strings, at U+2028 for one
-        offset, start = start, start + len(line) + 1
-        begin = _skip_blank(line, 0)
-        if begin == len(line):
-            continue
-        if not records and line[begin] == "[":
-            raise origin.error("holds a JSON array, not JSON Lines; rename it to .json.")
-        record, end = _decode(line, begin, origin, offset)
-        if _skip_blank(line, end) < len(line):
-            raise origin.error(f"text after the object, {line[end : end + 20]!r}; one object a line.", len(records))
-        records.append(record)
-    return records
-
-
-def _parse_array(origin: _Origin) -> list[dict[str, Any]]:
-    text = origin.text
-    start = _skip_blank(text, 0)
-    if text[start] != "[":
-        raise origin.error(_not_an_array(text, start))
-    records: list[dict[str, Any]] = []
-    position = _skip_blank(text, start + 1)
-    while text[position : position + 1] != "]":
-        record, end = _decode(text, position, origin)
-        records.append(record)
-        position = _skip_blank(text, end)
-        mark = text[position : position + 1]
-        if mark == ",":
-            position = _skip_blank(text, position + 1)
-            if text[position : position + 1] == "]":
-                raise origin.error("trailing comma after this record, the last; remove it.", len(records) - 1)
-        elif mark != "]":
-            found = f"line {origin.line(position)} has {text[position : position + 20]!r}" if mark else "the file ends"
-            raise origin.error(f"after this record {found}; expected , or ]", len(records) - 1)
-    if _skip_blank(text, position + 1) < len(text):
-        raise origin.error(f"line {origin.line(position)}: text after the ] that closes the array; remove it.")
-    return records
-
-
-def _not_an_array(text: str, start: int) -> str:
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return f"starts with {text[start : start + 20]!r}, not with an array; {EXPECTED_FILE}."
-    found = _KINDS[type(value)]
-    if isinstance(value, dict):
-        found += f" with the keys {list(value)[:8]}"
-        under = next((key for key, inner in value.items() if isinstance(inner, list)), None)
-        if under is not None:
-            found += f"; the records seem to be under {under!r}, so save that list alone"
-    return f"is one value, {found}; {EXPECTED_FILE}."
-
-
-def _skip_blank(text: str, position: int) -> int:
-    return _BLANK.match(text, position).end()  # matches always, be it nothing
-
-
-class _DuplicateKeyError(ValueError):
-    """A key stands twice in one object: the standard parser would drop the first value silently."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice in one object.")
-    return result
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _decode(text: str, position: int, origin: _Origin, base: int = 0) -> tuple[dict[str, Any], int]:
-    """Parse the record at `position` of `text`, which begins at offset `base` of the file."""
-    number = len(origin.offsets)
-    origin.offsets.append(base + position)
-    try:
-        record, end = _DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        raise origin.error(_syntax_problem(error, origin.line(base + error.pos)), number) from error
-    except RecursionError as error:
-        raise origin.error("lists or objects are nested too deeply.", number) from error
-    except _DuplicateKeyError as error:
-        raise origin.error(str(error), number) from error
-    except ValueError as error:  # Python's limit on the digits of an integer
-        raise origin.error("a number has thousands of digits; write it as a string.", number) from error
-    if not isinstance(record, dict):
-        raise origin.error(f"is {_KINDS[type(record)]}; {EXPECTED}.", number)
-    return record, end
-
-
-def _syntax_problem(error: json.JSONDecodeError, line: int) -> str:
-    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
-    if not after or error.msg.startswith("Unterminated string"):
-        return "ends too early: the file is cut off, or a quote or bracket is missing."
-    if (before.endswith(",") and after[0] in "}]") or error.msg.startswith("Illegal trailing comma"):
-        return f"trailing comma at line {line} column {error.colno}; remove it."
-    return f"not JSON: {error.msg} at line {line} column {error.colno}, before {after[:20]!r}."
-
-
 # From values to Arrow
 
 
-def _keys(what: str, objects: Iterable[dict[str, Any]], origin: _Origin) -> list[str]:
+def _keys(what: str, objects: Iterable[dict[str, Any]], origin: Origin) -> list[str]:
     keys = list(dict.fromkeys(key for item in objects for key in item))
     if len(keys) > MAX_KEYS:
         raise origin.error(f"{what} have {len(keys)} different keys; data used as keys belongs in a JSON string.")
@@ -352,7 +171,7 @@ def _lone_surrogate(text: str) -> str | None:
     return None
 
 
-def _array(name: str, values: list[Any], arrow_type: pa.DataType | None, origin: _Origin) -> pa.Array:
+def _array(name: str, values: list[Any], arrow_type: pa.DataType | None, origin: Origin) -> pa.Array:
     """Make the Arrow array of a column, of `arrow_type` or of the one type that its values have."""
     arrow_type = arrow_type or _arrow_type(name, values, range(len(values)), origin)
     try:
@@ -366,7 +185,7 @@ def _array(name: str, values: list[Any], arrow_type: pa.DataType | None, origin:
         raise
 
 
-def _arrow_type(name: str, values: Sequence[Any], records: Sequence[int], origin: _Origin) -> pa.DataType:
+def _arrow_type(name: str, values: Sequence[Any], records: Sequence[int], origin: Origin) -> pa.DataType:
     """Return the one type of `values`, the k-th of which is from record `records[k]`; refuse a mixture."""
     kinds = set(map(type, values)) - {type(None)}
     if len(kinds) > 1 and kinds != {int, float}:
@@ -394,20 +213,20 @@ def _arrow_type(name: str, values: Sequence[Any], records: Sequence[int], origin
 
 
 def _refuse(
-    values: Sequence[Any], records: Sequence[int], origin: _Origin, bad: Callable[[Any], bool], problem: str
+    values: Sequence[Any], records: Sequence[int], origin: Origin, bad: Callable[[Any], bool], problem: str
 ) -> None:
     for value, record in zip(values, records, strict=True):
         if bad(value):
             raise origin.error(f"{problem} (found {str(value)[:30]}).", record)
 
 
-def _mixed(name: str, values: Sequence[Any], records: Sequence[int], origin: _Origin) -> UserError:
+def _mixed(name: str, values: Sequence[Any], records: Sequence[int], origin: Origin) -> UserError:
     first: dict[type, int] = {}
     for value, record in zip(values, records, strict=True):
         if value is not None:
             first.setdefault(type(value), record)
     (kind, record), (other_kind, other_record), *_ = first.items()
-    kinds = f"{_KINDS[kind]} in {origin.at(record)}, {_KINDS[other_kind]} in {origin.at(other_record)}"
+    kinds = f"{KINDS[kind]} in {origin.at(record)}, {KINDS[other_kind]} in {origin.at(other_record)}"
     reason = "an integer too long for a float" if {kind, other_kind} == {int, float} else "one column has one type"
     return origin.error(f"column {name!r} mixes types: {kinds}; {reason}.")
 
@@ -416,7 +235,7 @@ def _mixed(name: str, values: Sequence[Any], records: Sequence[int], origin: _Or
 
 
 def _from_dataset(dataset: Dataset, name: str = "dataset") -> Dataset:
-    origin = _Origin(f"{name} (split {dataset.split})" if dataset.split else name)
+    origin = Origin(f"{name} (split {dataset.split})" if dataset.split else name)
     features = dataset.features
     for column in REQUIRED:
         if column not in features:
@@ -439,7 +258,7 @@ def _build(
     known: dict[str, list[Any]],
     extra: dict[str, pa.Array | pa.ChunkedArray],
     extra_features: Features,
-    origin: _Origin,
+    origin: Origin,
     split: NamedSplit | None = None,
 ) -> Dataset:
     rows = len(known[OUTPUT])
@@ -474,15 +293,15 @@ def _build(
     return Dataset(table, info=info, split=split, fingerprint=_fingerprint(table, features))
 
 
-def _check_values(name: str, values: list[Any], kind: type, expected: str, origin: _Origin) -> None:
+def _check_values(name: str, values: list[Any], kind: type, expected: str, origin: Origin) -> None:
     if set(map(type, values)) <= {kind, type(None)}:
         return
     record, value = next((r, v) for r, v in enumerate(values) if v is not None and type(v) is not kind)
-    found = _KINDS.get(type(value), f"a {type(value).__name__}")
+    found = KINDS.get(type(value), f"a {type(value).__name__}")
     raise origin.error(f"column {name!r} is {found} ({str(value)[:30]!r}); expected {expected} or null.", record)
 
 
-def _check_source_index(values: list[Any], origin: _Origin) -> None:
+def _check_source_index(values: list[Any], origin: Origin) -> None:
     for record, value in enumerate(values):
         if type(value) is not int or not -(2**63) <= value < 2**63:
             problem = f"column {SOURCE_INDEX!r} is {str(value)[:30]!r}; load_sft keeps integers there"
