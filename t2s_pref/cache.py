@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from datasets import Dataset, Features, is_caching_enabled
 from huggingface_hub.constants import HF_HOME
 
 from t2s_pref.errors import UserError
-from t2s_pref.files import atomic_write
+from t2s_pref.files import atomic_write, own_prefix
 from t2s_pref.weights import hash_file, hash_parts
 
 logger = logging.getLogger(__name__)
@@ -147,19 +145,6 @@ def _intact(path: Path) -> bool:
 def draft_folder(parent: Path) -> Iterator[Path]:
     """A folder of this process's own, so that two runs of one key do not write into each other's files."""
     parent.mkdir(parents=True, exist_ok=True)
-    mine = f".draft-{socket.gethostname()}-"
-    for left in parent.glob(f"{mine}*"):  # by processes that were killed
-        if not _alive(left.name.removeprefix(mine).partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{mine}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
+    prefix = own_prefix(parent, ".draft-")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        pass
-    return True

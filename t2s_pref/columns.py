@@ -46,11 +46,15 @@ def check_columns(dataset: Dataset, needed: tuple[str, ...], way_out: str) -> No
 
 
 def each_split(dataset: Any, function: Callable[[Dataset], Dataset]) -> Any:
-    """Apply `function` to a `Dataset` or to each split of a `DatasetDict`; refuse what cannot be planned as a whole."""
+    """Apply `function` to a `Dataset` or to each split of a `DatasetDict`; refuse what cannot be planned as a whole.
+
+    A format such as `torch` is taken off first: it says how a user wants to see rows, and hides columns.
+    """
     if isinstance(dataset, DatasetDict):
-        return DatasetDict({split: function(part) for split, part in dataset.items()})
+        return DatasetDict({split: each_split(part, function) for split, part in dataset.items()})
     if isinstance(dataset, Dataset):
-        return function(dataset)
+        plain = dataset.format["type"] is None and dataset.format["columns"] == dataset.column_names
+        return function(dataset if plain else dataset.with_format(None))
     if isinstance(dataset, IterableDataset | IterableDatasetDict):
         raise UserError(
             f"{type(dataset).__name__} cannot be planned, cached or resumed; materialise it first: "

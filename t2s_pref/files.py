@@ -1,6 +1,9 @@
 """Files that are either whole or not there."""
 
+import glob
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +16,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
     """Open a temporary file that takes the name `path` only once it is complete and on disk.
 
     A reader sees the old content or the new, never a part of it; on any error the temporary file is removed and `path`
-    stays as it was. Text is UTF-8 with `\\n` line ends. The parent folder is made where it is missing.
+    stays as it was. What a killed process left of an earlier try is removed first. Text is UTF-8 with `\\n` line ends.
+    The parent folder is made where it is missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    # The name is short and hidden, and in the same folder: a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    # Hidden, and in the same folder: a rename is atomic only within one file system. Long names are cut, so that the
+    # temporary one stays within what a file system allows.
+    prefix = own_prefix(path.parent, f".{path.name[:40]}.part-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     try:
         with os.fdopen(handle, mode, **text) as file:
             yield file
@@ -34,6 +40,25 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def own_prefix(folder: Path, prefix: str) -> str:
+    """`prefix` with this process's mark, for temporary names in `folder`; those of dead processes are removed there."""
+    mine = f"{prefix}{socket.gethostname()}-"
+    for left in folder.glob(f"{glob.escape(mine)}*"):
+        if not _alive(left.name.removeprefix(mine).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    return f"{mine}{os.getpid()}-"
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        pass
+    return True
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

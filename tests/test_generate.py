@@ -98,6 +98,13 @@ def test_the_result_chains_with_further_transforms(rows, cache_dir):
     assert set(pairs["train"]["source_index"]).isdisjoint(pairs["test"]["source_index"])
 
 
+@pytest.mark.parametrize("how", ["torch", "numpy", "pandas"])
+def test_a_dataset_with_a_format_gets_the_same_rejects(rows, cache_dir, how):
+    few = rows.select(range(3))
+    formatted = few.with_format(how, columns=["instruction"])
+    assert sampled(formatted, cache_dir)["rejected"][:] == sampled(few, cache_dir)["rejected"][:]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -399,13 +399,14 @@ def test_a_kill_during_a_large_save_leaves_the_old_file_and_registry_intact(tmp_
     path = save_llamafactory(pairs(), tmp_path / "p.json")
     before = path.read_bytes(), info(tmp_path)
     saver = start(SAVE_LARGE, path)
-    while saver.poll() is None and not any(part.stat().st_size > 100_000 for part in tmp_path.glob(".*.part")):
+    while saver.poll() is None and not any(part.stat().st_size > 100_000 for part in tmp_path.glob(".*.part-*")):
         time.sleep(0.01)
     saver.send_signal(signal.SIGKILL)
     saver.communicate()
     assert saver.returncode == -signal.SIGKILL
     assert (path.read_bytes(), info(tmp_path)) == before
     assert json.loads(save_llamafactory(pairs({"input": "new"}), path).read_text()) == [{**PAIR, "input": "new"}]
+    assert sorted(os.listdir(tmp_path)) == ["dataset_info.json", "p.json"]  # what the killed one left is gone
 
 
 def test_an_error_half_way_leaves_the_old_file_and_no_other(tmp_path):
