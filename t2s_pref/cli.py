@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -155,6 +156,9 @@ def _reject(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    # The bundled model is too small for threads to help, and on a busy machine they wait for each other's cores. It has
+    # to be said before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from t2s_pref.demo import run_demo
 
     run = run_demo(args.output, args.cache_dir)

@@ -31,6 +31,8 @@ CAUSES = {
     DUPLICATE: ("duplicate in its row", "raise --temperature or --top-p"),
 }
 
+UNPROVEN = "A reject differs from the gold as text; none of them was executed or proven wrong."
+
 # From this share of the candidates on, a cause is worth a setting.
 WORTH_A_HINT = 0.1
 
@@ -150,7 +152,7 @@ def _count(marked: Dataset) -> Summary:
             without[tuple(sorted(set(lost)))] += 1
         tokens += sum(row.get(TOKENS) or ())
         seconds += row.get(SECONDS) or 0.0
-    notes = tuple(marked.info.description.splitlines())
+    notes = (*marked.info.description.splitlines(), UNPROVEN)
     return Summary(len(marked), candidates, pairs, dict(drops), dict(without), tokens, seconds, notes)
 
 
