@@ -13,7 +13,7 @@ RECIPE := setup.cfg pyproject.toml constraints.txt
 
 # Tests and notebooks run with the bundled model and never ask the Hub for anything. They run in a process a core, each
 # with one thread: small models gain nothing from more, and threads that wait for each other's cores lose a lot.
-TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n logical --maxprocesses 4 --dist worksteal
+TESTING := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test slow lint format clean
 

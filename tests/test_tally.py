@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from t2s_pref import SamplingSettings, Summary, UserError, explode_rejected, generate_rejected, load_sft, summary
-from t2s_pref.tally import CAUSES
+from t2s_pref.tally import CAUSES, UNPROVEN
 
 GOLD = "SELECT name FROM singer"
 REJECTS = [GOLD, GOLD.lower(), "", "SELECT 1", "SELECT 1 ", "select 1", "SELECT 2"]
@@ -116,6 +116,7 @@ def test_the_text_has_one_line_a_number_with_aligned_columns(cache_dir):
     text = str(tell(run(["SELECT 1", GOLD, "truncated"], [GOLD]), cache_dir))
     lines = [line for line in text.splitlines() if not line.startswith("hint")]
     assert lines == [
+        UNPROVEN,
         "rows                                      2",
         "candidates                                4",
         "kept as pairs                             1   25.0 %",
@@ -176,7 +177,7 @@ def test_a_dataset_made_by_hand_needs_only_gold_and_rejects(cache_dir):
     assert told.drops == {"same_as_gold": 1}
     assert told.rows_without_pair == {(): 1}
     assert "tokens" not in str(told)
-    assert told.notes == ()
+    assert told.notes == (UNPROVEN,)
 
 
 def test_a_dataset_without_rows_has_a_summary_of_zeros(cache_dir):
@@ -213,17 +214,22 @@ def test_a_cached_run_has_the_same_summary_and_names_its_model(rows, cache_dir, 
     assert str(second) == str(first)
     assert second == first
     assert first.candidates == 8
-    assert first.notes == (*rows.info.description.splitlines(), f"generate_rejected: {tiny_model}, no adapter")
+    model = f"generate_rejected: {tiny_model}, no adapter"
+    assert first.notes == (*rows.info.description.splitlines(), model, UNPROVEN)
     assert str(first).startswith("load_sft: ")
 
 
 def test_skipped_rows_are_told_of_in_the_summary(cache_dir):
     loaded = load_sft(Dataset.from_dict({"instruction": ["a", "b"], "input": ["", ""], "output": [GOLD, ""]}))
     told = tell(loaded.add_column("rejected", [["SELECT 1"]]), cache_dir)
-    assert told.notes == ("load_sft: 2 rows read, 1 skipped for an empty gold",)
+    assert told.notes == ("load_sft: 2 rows read, 1 skipped for an empty gold", UNPROVEN)
+
+
+def test_no_run_claims_that_its_rejects_are_proven_wrong(cache_dir):
+    assert "none of them was executed or proven wrong" in str(tell(run(["SELECT 1"]), cache_dir))
 
 
 def test_the_notes_of_several_splits_are_each_said_once(cache_dir):
     loaded = load_sft(Dataset.from_dict({"instruction": ["a"], "input": [""], "output": [GOLD]}))
     loaded = loaded.add_column("rejected", [["SELECT 1"]])
-    assert len(tell(DatasetDict(a=loaded, b=loaded), cache_dir).notes) == 1
+    assert len(tell(DatasetDict(a=loaded, b=loaded), cache_dir).notes) == 2
