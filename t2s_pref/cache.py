@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, is_caching_enabled
+from datasets import Dataset, DatasetInfo, Features, is_caching_enabled
 from huggingface_hub.constants import HF_HOME
 
 from t2s_pref.errors import UserError
@@ -60,16 +60,20 @@ def keep(
     with draft_folder(path.parent) as folder:
         built = build(folder, fingerprint)
         draft = folder / "result.arrow"
-        if not draft.exists():  # `map` writes no file for a dataset without rows
-            return built
         del built
-        seal = {"size": draft.stat().st_size, "xxh3": hash_file(draft)}
+        seal = {"fingerprint": fingerprint, "size": draft.stat().st_size, "xxh3": hash_file(draft)}
         # without its seal a file is not found: whatever happens between these three lines, none is found by half
         _seal(path).unlink(missing_ok=True)
         os.replace(draft, path)
     with atomic_write(_seal(path)) as file:
         json.dump(seal, file)
     return _open(path, fingerprint, dataset)
+
+
+def without_rows(dataset: Dataset, features: Features) -> Dataset:
+    """What a step makes of a dataset without rows, which `map` would hand back with the columns that it had."""
+    info = DatasetInfo(description=dataset.info.description, features=features)
+    return Dataset(features.arrow_schema.empty_table(), info=info, split=dataset.split)
 
 
 def _place(
@@ -100,6 +104,8 @@ def cached_map(
     """A batched `Dataset.map` whose result is found again."""
     check_map_kwargs(map_kwargs)
     passed = {"desc": step.capitalize(), **map_kwargs}
+    if not len(dataset):
+        return without_rows(dataset, features)
     if may_reuse(passed) and (found := find(dataset, step, key, cache_dir)) is not None:
         return found
 
@@ -131,11 +137,12 @@ def _seal(path: Path) -> Path:
 def _intact(path: Path) -> bool:
     try:
         seal = json.loads(_seal(path).read_text(encoding="utf-8"))
-        if path.stat().st_size == seal["size"] and hash_file(path) == seal["xxh3"]:
+        found = {"fingerprint": path.stem, "size": path.stat().st_size, "xxh3": hash_file(path)}
+        if found == seal:
             return True
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         pass
     logger.warning("%s is damaged; computing it again.", path)
     return False

@@ -1,6 +1,6 @@
 """The policy model as an engine: it says what it is, turns chats into tokens, and samples answers.
 
-Nothing is loaded, and torch is not imported, before that is needed: a cached run never does.
+Nothing is loaded before that is needed: a cached run imports torch at most, to see whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -234,5 +234,7 @@ class TransformersEngine:
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     """The answer as text: without special tokens, but with think tags, which some tokenizers count among these."""
-    hidden = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    added = tokenizer.added_tokens_decoder
+    hidden = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    hidden -= {number for number, token in added.items() if token.content in ("<think>", "</think>")}
     return tokenizer.decode([token for token in tokens if token not in hidden], clean_up_tokenization_spaces=False)

@@ -19,7 +19,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets.utils import tqdm
 
 from t2s_pref import ranks
-from t2s_pref.cache import cache_folder, check_map_kwargs, draft_folder, find, keep, may_reuse
+from t2s_pref.cache import cache_folder, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
 from t2s_pref.columns import (
     NO_SQL,
     OUTPUT,
@@ -91,13 +91,11 @@ def generate_rejected(
         [`UserError`]: on missing columns, on `num_proc` (use `accelerate launch`), on an `IterableDataset`, and where
             model or adapter cannot be loaded.
 
-    ```python
-    >>> from t2s_pref import SamplingSettings, generate_rejected, load_sft
-    >>> rows = load_sft("train.json")
-    >>> rows = generate_rejected(rows, "Qwen/Qwen3-4B-Instruct-2507", SamplingSettings(num_rejects=4))
-    >>> rows[0]["rejected"]
-    ['SELECT name FROM city ORDER BY population LIMIT 1', ...]
-    ```
+    >>> from t2s_pref import demo_files, load_sft
+    >>> rows = load_sft(demo_files().train).select(range(2))
+    >>> rows = generate_rejected(rows, demo_files().model, SamplingSettings(num_rejects=3, max_new_tokens=64))
+    >>> rows["candidate_status"][:]
+    [['sampled', 'sampled', 'sampled'], ['sampled', 'sampled', 'sampled']]
     """
     engine = TransformersEngine(*([engine] if engine is not None else [])) if _names_model(engine) else engine
     settings = settings or SamplingSettings()
@@ -140,8 +138,10 @@ def _generate(
         with sampler.using(samples):
             return _sample(dataset, sampler, folder, fingerprint, passed)
 
-    result = look_up() if reuse else None
-    if ranks.world_size() > 1:  # all sample, the main rank alone writes, the others then read
+    result = look_up() if reuse and len(dataset) else None
+    if not len(dataset):
+        result = without_rows(dataset, Features({**dataset.features, **sampler.features()}))
+    elif ranks.world_size() > 1:  # all sample, the main rank alone writes, the others then read
         if result is None:
             with sampler.using(samples), draft_folder(home / "rejected") as folder:
                 _sample_share(dataset, sampler, folder)

@@ -117,13 +117,23 @@ def _read(
     try:
         placement = _place(base.name, where, getattr(torch, dtype), device)
         tokenizer = AutoTokenizer.from_pretrained(base.name, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            base.name, dtype=getattr(torch, dtype), device_map=placement, **where
+        model, report = AutoModelForCausalLM.from_pretrained(
+            base.name, dtype=getattr(torch, dtype), device_map=placement, output_loading_info=True, **where
         )
     except UserError:
         raise
     except Exception as error:  # each file format fails in its own way
-        raise UserError(f"Base model {base.name!r} cannot be loaded: {one_line(error)}") from error
+        hint = "; --trust-remote-code runs the code that comes with it" if "trust_remote_code" in str(error) else ""
+        raise UserError(f"Base model {base.name!r} cannot be loaded: {one_line(error)}{hint}") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers makes these up at random
+        raise UserError(
+            f"Base model {base.name!r} cannot be loaded: its files lack {len(missing)} weights, {missing[0]!r} among "
+            "them."
+        )
+    if not tokenizer("SELECT", add_special_tokens=False)["input_ids"]:
+        # transformers makes up a tokenizer without words
+        raise UserError(f"Base model {base.name!r} cannot be loaded: its tokenizer files are missing.")
     if not forward_takes(model, "past_key_values"):
         # it would forget all but the last token, silently
         raise UserError(
@@ -180,11 +190,16 @@ def _adapted(model: PreTrainedModel, adapter: Source, base_name: str) -> PreTrai
     try:
         weights = load_peft_weights(adapter.name, device="cpu", revision=adapter.revision)
         model = PeftModel.from_pretrained(model, adapter.name, revision=adapter.revision)
+        kind = model.peft_config["default"]
         expected = get_peft_model_state_dict(model)
     except Exception as error:  # peft raises what torch, safetensors and its own checks raise
         raise UserError(
             f"Adapter {adapter.name!r} is broken or does not fit {base_name!r}: {one_line(error)}"
         ) from error
+    if kind.is_prompt_learning:  # it would be put before every token, not before the prompt
+        raise UserError(
+            f"Adapter {adapter.name!r} is of type {kind.peft_type.value}; only LoRA and its like are supported."
+        )
     # peft leaves out what it cannot place and says so in a warning at most
     if strange := sorted(set(weights) ^ set(expected)):
         raise UserError(
@@ -200,9 +215,15 @@ def _adapted(model: PreTrainedModel, adapter: Source, base_name: str) -> PreTrai
 def hash_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of a model in hand, through its weights: they may have been trained since the last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    words = {"vocab": tokenizer.get_vocab()} if backend is None else json.loads(backend.to_str())
+    words |= {"truncation": None, "padding": None}  # those of the last call
     adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-    adapters["active"] = getattr(model, "active_adapter", None)
+    # which adapters are on, and how strongly, is said layer by layer
+    adapters["layers"] = [
+        (name, layer.active_adapters, layer.disable_adapters, getattr(layer, "scaling", None))
+        for name, layer in (model.named_modules() if adapters else ())
+        if isinstance(getattr(layer, "disable_adapters", None), bool)
+    ]
     settings = [words, tokenizer.chat_template, model.config.to_dict(), adapters]
     weights = model.state_dict()
     return hash_parts(

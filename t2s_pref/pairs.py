@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
@@ -37,6 +38,8 @@ SAME_AS_GOLD = "same_as_gold"
 DUPLICATE = "duplicate"
 
 DROP = "drop_cause"
+
+STRINGS = (Value("string"), Value("large_string"))
 
 
 def explode_rejected(
@@ -106,8 +109,14 @@ def mark_drops(
         raise UserError(f"dedup is {dedup!r}; it must be one of {', '.join(DEDUPS)}.")
     check_dialect(dialect)
     check_columns(dataset, (OUTPUT, REJECTED), "generate_rejected adds 'rejected', load_sft makes the others.")
-    if dataset.features[REJECTED] == Value("string"):
+    feature = dataset.features[REJECTED]
+    if feature in STRINGS:
         raise UserError("Column 'rejected' holds one reject a row: these are pairs already; explode comes before.")
+    inner = getattr(feature, "feature", feature)  # of a List or a LargeList
+    if inner not in (Value("null"), *STRINGS):  # null is what lists that are all empty, or absent, are taken for
+        raise UserError(f"Column 'rejected' is {feature}; expected a list of strings, as generate_rejected makes it.")
+    if dataset.features[OUTPUT] not in STRINGS:
+        raise UserError(f"Column 'output' is {dataset.features[OUTPUT]}; expected strings, the gold SQL.")
     if DIALECT in dataset.column_names:
         for named in set(dataset.unique(DIALECT)) - {None, ""}:
             check_dialect(named)
@@ -170,8 +179,10 @@ def _explode(rows: dict[str, list]) -> dict[str, list]:
     if RAW in rows:
         statuses = rows.get(STATUS) or [[SAMPLED] * len(answers) for answers in rows[RAW]]
         usable = [
-            [answer for answer, status in zip(answers, of_row, strict=True) if status == SAMPLED]
+            [answer for answer, status in zip_longest(answers, of_row) if status == SAMPLED]
             for answers, of_row in zip(rows[RAW], statuses, strict=True)
         ]
+        if [len(answers) for answers in usable] != [len(rejects or ()) for rejects in rows[REJECTED]]:
+            raise UserError(f"Column {RAW!r} does not match {REJECTED!r} one by one; remove_columns({RAW!r}) first.")
         pairs[RAW_ANSWER] = [usable[row][place] for row, place in kept]
     return pairs

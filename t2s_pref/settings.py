@@ -46,8 +46,13 @@ class SamplingSettings:
         for name in ("temperature", "top_p"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
                 raise UserError(f"{name} is {value!r}; it must be a number.")
-            # 1 and 1.0 are one setting, so they must be one cache key
-            object.__setattr__(self, name, float(value))
+            try:
+                # 1 and 1.0 are one setting, so they must be one cache key
+                object.__setattr__(self, name, float(value))
+            except OverflowError as error:
+                raise UserError(f"{name} is larger than any float.") from error
+        if not isinstance(self.enable_thinking, bool):
+            raise UserError(f"enable_thinking is {self.enable_thinking!r}; it must be True or False.")
         if self.num_rejects < 1:
             raise UserError(f"num_rejects is {self.num_rejects}; it must be 1 or more.")
         if self.max_new_tokens < 1:

@@ -99,7 +99,7 @@ def _find_on_hub(name: str, file: str, revision: str | None) -> Source:
         raise UserError(
             f"{name!r} is neither a folder here nor in the Hub cache, and {why}; check the name and the connection."
         ) from error
-    except OSError as error:  # connection errors and answers of 5xx
+    except Exception as error:  # answers of 5xx, and what the HTTP client has for a connection that breaks off
         raise UserError(f"The Hub could not be reached for {name!r}: {_first_line(error)}; try again.") from error
     commit = path.parent.name
     return Source(name, commit, commit)

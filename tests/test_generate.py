@@ -338,3 +338,10 @@ def test_the_run_says_which_model_and_adapter_it_sampled_from(rows, cache_dir):
     result = sampled(rows.select(range(3)), cache_dir, engine=TransformersEngine(MODEL, adapter_path="./not/there"))
     assert "no adapter: ./not/there was absent" in result.info.description
     assert os.path.basename(MODEL) in result.info.description
+
+
+def test_a_dataset_without_rows_gets_the_columns(rows, cache_dir):
+    result = sampled(rows.select([]), cache_dir)
+    assert len(result) == 0
+    assert result.features == sampled(rows.select([0]), cache_dir).features
+    assert len(explode_rejected(result, cache_dir=cache_dir)) == 0
