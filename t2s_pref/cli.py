@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reject(args: argparse.Namespace) -> None:
+    from datasets import disable_progress_bars
+
     from t2s_pref.engines import TransformersEngine
     from t2s_pref.generate import generate_rejected
     from t2s_pref.llamafactory import check_destination, save_llamafactory
@@ -130,7 +132,11 @@ def _reject(args: argparse.Namespace) -> None:
 
     if args.max_samples < 0:
         raise UserError(f"--max-samples is {args.max_samples}; it must be 0 (all rows) or more.")
+    if rank():
+        disable_progress_bars()  # one set of bars is enough
     check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
+    if os.path.realpath(args.output) == os.path.realpath(args.sft_data):
+        raise UserError(f"--output is --sft-data, {args.output!r}, which would be overwritten; name another file.")
     check_dialect(args.dialect)
     settings = SamplingSettings(**{name: getattr(args, name) for name in DEFAULTS})
     engine = TransformersEngine(

@@ -36,7 +36,7 @@ from t2s_pref.columns import (
     check_columns,
     each_split,
 )
-from t2s_pref.engines import TransformersEngine
+from t2s_pref.engines import DEFAULT_MODEL, TransformersEngine
 from t2s_pref.errors import UserError
 from t2s_pref.files import atomic_write
 from t2s_pref.plan import PAGE, cut_batches, plan_order
@@ -97,16 +97,13 @@ def generate_rejected(
     >>> rows["candidate_status"][:]
     [['sampled', 'sampled', 'sampled'], ['sampled', 'sampled', 'sampled']]
     """
-    engine = TransformersEngine(*([engine] if engine is not None else [])) if _names_model(engine) else engine
+    if engine is None or isinstance(engine, str | Path):
+        engine = TransformersEngine(engine or DEFAULT_MODEL)
     settings = settings or SamplingSettings()
     check_map_kwargs(map_kwargs)
     if settings.candidates < settings.num_rejects:
         logger.warning("temperature 0 is greedy: every row has one candidate, not %d.", settings.num_rejects)
     return each_split(dataset, lambda part: _generate(part, engine, settings, keep_raw, cache_dir, map_kwargs))
-
-
-def _names_model(engine: Any) -> bool:
-    return engine is None or isinstance(engine, str | Path)
 
 
 def _generate(
@@ -177,7 +174,7 @@ def _sample(
         remove_columns=list(WORKING),
         features=Features({**dataset.features, **sampler.features()}),
         cache_file_name=str(folder / "sampled.arrow"),
-        new_fingerprint=f"{fingerprint}-planned",
+        new_fingerprint="sampled",
         load_from_cache_file=False,
         **map_kwargs,
     )
@@ -209,7 +206,7 @@ def _plan(dataset: Dataset, sampler: RejectSampler, folder: Path) -> tuple[Datas
         with_indices=True,
         features=Features({**dataset.features, **WORKING}),
         cache_file_name=str(folder / "tokenized.arrow"),
-        new_fingerprint=f"{dataset._fingerprint}-tokenized",
+        new_fingerprint="tokenized",
         load_from_cache_file=False,
         desc="Tokenizing",
     )

@@ -182,6 +182,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_sampling(sft, tmp_pa
     assert (tmp_path / "dataset_info.json").read_text() == "{broken"
 
 
+def test_the_sft_file_is_never_overwritten_by_the_pairs(sft, tmp_path):
+    before = sft.read_bytes()
+    done = t2s_pref(*reject(sft, f"{tmp_path}/./sft.json"))
+    assert done.returncode == 2
+    assert "--output is --sft-data" in done.stderr
+    assert sft.read_bytes() == before
+
+
 def test_a_run_that_leaves_no_pair_is_an_error_that_shows_why(sft, tmp_path):
     done = t2s_pref(*reject(sft, tmp_path / "dpo.json", "--max-new-tokens", 1))
     assert done.returncode == 2
