@@ -135,7 +135,10 @@ def check_destination(path: str | os.PathLike[str], name: str | None = None) -> 
         raise UserError(f"{str(path)!r} cannot be made: {str(nearest)!r} {reason}.")
     name = path.stem if name is None else name
     if not re.fullmatch(r"[^\s,]+", name):
-        raise UserError(f"Dataset name {name!r} must have no commas or blanks: LLaMA-Factory splits there; pass name= (--dataset-name).")
+        raise UserError(
+            f"Dataset name {name!r} must have no commas or blanks: LLaMA-Factory splits there; pass name= "
+            "(--dataset-name)."
+        )
     _read_info(path.parent / DATASET_INFO)
     return path, name
 

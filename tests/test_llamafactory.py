@@ -255,7 +255,7 @@ def test_a_name_that_llamafactory_would_split_is_refused(refused, name):
 
 
 def test_a_file_name_with_blanks_needs_a_name_of_its_own(refused, tmp_path):
-    assert "Pass name=" in refused(pairs(), "my pairs.json")
+    assert "pass name=" in refused(pairs(), "my pairs.json")
     save_llamafactory(pairs(), tmp_path / "my pairs.json", name="my_pairs")
     assert info(tmp_path)["my_pairs"]["file_name"] == "my pairs.json"
 
