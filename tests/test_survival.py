@@ -50,13 +50,13 @@ def uninterrupted(tmp_path_factory):
 def kill_and_go_on(tmp_path, uninterrupted, kills, chance):
     kept = [0]
     for _ in range(kills):
-        process = start(command(tmp_path, "dpo.json"), start_new_session=True)
+        process = start(command(tmp_path, "dpo.json"))
         # sometimes in the middle of sampling, sometimes before it or while results are written
         time.sleep(chance.uniform(0, 1))
         deadline = time.monotonic() + 60
         while samples(tmp_path) <= kept[-1] and process.poll() is None and time.monotonic() < deadline:
             time.sleep(chance.uniform(0.01, 0.4))
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL; nothing where it has ended by itself meanwhile
         process.communicate()
         kept.append(samples(tmp_path))
         assert kept[-1] >= kept[-2]  # nothing that was safe is lost
