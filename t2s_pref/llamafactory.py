@@ -40,13 +40,16 @@ DATASET_INFO = "dataset_info.json"
 BATCH_ROWS = 1000
 
 
-def save_llamafactory(dataset: Dataset, path: str | os.PathLike[str], name: str | None = None) -> Path:
+def save_llamafactory(
+    dataset: Dataset | DatasetDict, path: str | os.PathLike[str], name: str | None = None
+) -> Path | dict[str, Path]:
     """Write `dataset` as an alpaca file for LLaMA-Factory and register it in the `dataset_info.json` beside it.
 
     Args:
-        dataset (`Dataset`):
+        dataset (`Dataset` or `DatasetDict`):
             With a column `chosen` or `rejected`: preference pairs, one reject a row, as `explode_rejected` makes them.
-            Otherwise with `output`: supervised rows.
+            Otherwise with `output`: supervised rows. Each split of a `DatasetDict` is saved for itself, with
+            `_<split>` after the file's stem and the name.
         path (`str` or `os.PathLike`):
             `.json` for one indented array, `.jsonl` for one object a line. Missing folders are made. The file appears
             whole or not at all, and rows are streamed into it: memory does not grow with the dataset.
@@ -62,12 +65,12 @@ def save_llamafactory(dataset: Dataset, path: str | os.PathLike[str], name: str 
     Processes that save into one folder at the same time wait for each other there.
 
     Returns:
-        `Path` of the data file.
+        `Path` of the data file; for a `DatasetDict`, the path of each split.
 
     Raises:
         [`UserError`]: a column is missing or not of strings, a row is as LLaMA-Factory would drop or mislearn it, the
-            dataset is empty or a `DatasetDict` (save each split under a path of its own), the path or name cannot
-            be used, or the existing `dataset_info.json` is broken. Nothing is written then.
+            dataset is empty, the path or name cannot be used, or the existing `dataset_info.json` is broken. Nothing
+            is written then.
 
     Example:
 
@@ -99,12 +102,12 @@ def save_llamafactory(dataset: Dataset, path: str | os.PathLike[str], name: str 
 
     ```
     """
-    if isinstance(dataset, DatasetDict):
-        raise UserError(
-            f"save_llamafactory writes one file, got a DatasetDict of {list(dataset)}; save each split under a path of "
-            "its own: for split, part in dataset.items(): save_llamafactory(part, f'my_{split}.json')"
-        )
     path, name = check_destination(path, name)
+    if isinstance(dataset, DatasetDict):
+        return {
+            split: save_llamafactory(part, path.with_stem(f"{path.stem}_{split}"), f"{name}_{split}")
+            for split, part in dataset.items()
+        }
     dataset = each_split(dataset, lambda whole: whole)  # refuses whatever else is not a Dataset
     answers = _answer_columns(dataset)
     columns = [INSTRUCTION, INPUT, *answers, *(n for n in (SYSTEM, HISTORY, DB_ID) if n in dataset.column_names)]

@@ -226,9 +226,19 @@ def test_the_filters_that_the_messages_propose_do_mend_it(tmp_path):
     assert json.loads(save_llamafactory(rows, tmp_path / "p.json").read_text()) == [PAIR]
 
 
-def test_dicts_streams_and_other_objects_are_refused_with_the_way_out(refused):
-    message = refused(DatasetDict(train=pairs(), dev=pairs()))
-    assert "['train', 'dev']; save each split under a path of its own" in message
+def test_each_split_of_a_dict_is_saved_under_its_own_name(tmp_path):
+    splits = DatasetDict(train=pairs(), dev=pairs({"rejected": "SELECT 3"}))
+    paths = save_llamafactory(splits, tmp_path / "p.json", name="mine")
+    assert paths == {"train": tmp_path / "p_train.json", "dev": tmp_path / "p_dev.json"}
+    assert json.loads(paths["dev"].read_text())[0]["rejected"] == "SELECT 3"
+    registered = json.loads((tmp_path / "dataset_info.json").read_text())
+    assert {name: entry["file_name"] for name, entry in registered.items()} == {
+        "mine_train": "p_train.json",
+        "mine_dev": "p_dev.json",
+    }
+
+
+def test_streams_and_other_objects_are_refused_with_the_way_out(refused):
     assert "Dataset.from_generator" in refused(pairs().to_iterable_dataset())
     assert "got list" in refused([PAIR])
 
