@@ -359,7 +359,10 @@ def _recorded(path: Path, measure: Callable[[], int]) -> int:
     mine = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     with atomic_write(mine) as file:
         json.dump({"token_budget": measure()}, file)
-    with suppress(FileExistsError):
-        os.link(mine, path)
-    mine.unlink()
+    try:
+        os.link(mine, path)  # unlike a rename, it never replaces what another process wrote first
+    except OSError:
+        if not path.exists():  # a file system without hard links
+            os.replace(mine, path)
+    mine.unlink(missing_ok=True)
     return json.loads(path.read_text(encoding="utf-8"))["token_budget"]

@@ -207,9 +207,8 @@ def test_import_and_help_do_not_load_the_heavy_libraries(arguments):
         [sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True, check=True
     ).stderr
     imported = {line.rpartition("|")[2].strip() for line in done.splitlines()}
+    # what takes seconds; without it both take a tenth of one
     assert imported.isdisjoint({"torch", "transformers", "datasets", "sqlglot", "pandas", "pyarrow"})
-    microseconds = int(done.splitlines()[-1].split("|")[1]) if "|" in done.splitlines()[-1] else 0
-    assert microseconds < 2_000_000
 
 
 def test_importing_everything_public_does_not_import_torch():

@@ -96,6 +96,18 @@ def test_a_batch_gives_the_same_tokens_under_a_lora_adapter():
     assert adapted != plain
 
 
+def test_a_prompt_is_read_once_however_many_candidates_it_has():
+    model = model_of("qwen3")
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    draw(model, requests(range(5)), **KEYWORDS)
+    assert shapes[0] == (4, 40)  # four prompts, the longest of 40 tokens
+    assert shapes[1] == (20, 1)
+    assert all(tokens == 1 for _, tokens in shapes[1:])
+
+
 def test_a_candidate_does_not_depend_on_which_others_are_drawn():
     model = model_of("qwen3")
     five = draw(model, requests(range(5)), **KEYWORDS)
