@@ -10,7 +10,7 @@ from dataclasses import fields
 from t2s_pref import __version__
 from t2s_pref.errors import UserError
 from t2s_pref.ranks import rank, started_alone
-from t2s_pref.settings import SamplingSettings
+from t2s_pref.settings import DEDUPS, DEFAULT_MODEL, DTYPES, SamplingSettings
 
 DEFAULTS = {field.name: field.default for field in fields(SamplingSettings)}
 
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     model = reject.add_argument_group("model")
     model.add_argument(
         "--base-model",
-        default="Qwen/Qwen3-Coder-30B-A3B-Instruct",
+        default=DEFAULT_MODEL,
         help="folder or Hub id of the model that is to be trained",
     )
     model.add_argument("--adapter-path", default="", help="LoRA adapter on it, folder or Hub id; empty for none")
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        choices=DTYPES,
         help="of the weights; auto is bfloat16 on CUDA, float32 on a CPU",
     )
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="exact",
         default="none",
-        choices=["none", "exact", "normalized"],
+        choices=DEDUPS,
         help="drop rejects of a row that repeat, as text or after normalisation; exact where no value is given",
     )
     data.add_argument("--dialect", default="sqlite", help="SQL dialect, by its sqlglot name")

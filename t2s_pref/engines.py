@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from t2s_pref.errors import UserError
 from t2s_pref.models import (
-    DTYPES,
     Loaded,
     check_device,
     end_tokens,
@@ -24,7 +23,7 @@ from t2s_pref.models import (
     resolve_device,
     resolve_dtype,
 )
-from t2s_pref.settings import SamplingSettings
+from t2s_pref.settings import DEFAULT_MODEL, DTYPES, SamplingSettings
 from t2s_pref.weights import Source, find_adapter, find_model
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
 # The share of free memory that cached keys and values may take, and the most tokens of them in a batch: beyond it a
 # GPU's matrix units are busy anyway, and on a CPU more sequences at a time only cost memory.
 MEMORY_SHARE = 0.4

@@ -1,56 +1,25 @@
-"""Rejected SQL, sampled from the policy model: a mapped, hashable callable over a store of samples."""
+"""Rejected SQL, sampled from the policy model: planned, mapped in plan order, put back, cached."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-import socket
-import time
-from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features
 from datasets.utils import tqdm
 
 from t2s_pref import ranks
 from t2s_pref.cache import cache_folder, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
-from t2s_pref.columns import (
-    NO_SQL,
-    OUTPUT,
-    PROMPT_TOO_LONG,
-    RAW,
-    REJECTED,
-    REQUIRED,
-    SAMPLED,
-    SECONDS,
-    SOURCE_INDEX,
-    STATUS,
-    TOKENS,
-    TRUNCATED,
-    check_columns,
-    each_split,
-)
-from t2s_pref.engines import DEFAULT_MODEL, TransformersEngine
+from t2s_pref.columns import REQUIRED, SOURCE_INDEX, check_columns, each_split
+from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
-from t2s_pref.files import atomic_write
-from t2s_pref.plan import PAGE, cut_batches, plan_order
-from t2s_pref.prompts import PROMPT_COLUMNS, messages
-from t2s_pref.settings import SAMPLING_VERSION, SamplingSettings
-from t2s_pref.sql import extract_sql
-from t2s_pref.store import SampleStore, record_key
-from t2s_pref.weights import hash_parts
+from t2s_pref.plan import PAGE, plan_order
+from t2s_pref.sampler import ANSWER_TOKENS, PROMPT_TOKENS, WORKING, RejectSampler
+from t2s_pref.settings import DEFAULT_MODEL, SamplingSettings
 
 logger = logging.getLogger(__name__)
-
-# Columns that sampling works with, gone from its result. A seed may exceed 64 bits, so it is text.
-_IDS, _LENGTH, _ANSWER, _SEED = "_prompt_ids", "_prompt_tokens", "_answer_tokens", "_row_seed"
-WORKING = {_IDS: List(Value("int32")), _LENGTH: Value("int64"), _ANSWER: Value("int64"), _SEED: Value("string")}
 
 
 def generate_rejected(
@@ -195,7 +164,7 @@ def _sample_share(dataset: Dataset, sampler: RejectSampler, folder: Path) -> Non
     with tqdm(total=len(mine), desc="Sampling rejects", unit=" rows", disable=ranks.rank() > 0 or None) as bar:
         for page in planned.select(mine).iter(PAGE):
             sampler(page)
-            bar.update(len(page[_IDS]))
+            bar.update(len(page[PROMPT_TOKENS]))
 
 
 def _plan(dataset: Dataset, sampler: RejectSampler, folder: Path) -> tuple[Dataset, list[int]]:
@@ -210,159 +179,7 @@ def _plan(dataset: Dataset, sampler: RejectSampler, folder: Path) -> tuple[Datas
         load_from_cache_file=False,
         desc="Tokenizing",
     )
-    lengths = tokenized[_LENGTH][:]
-    order = plan_order(lengths, tokenized[_ANSWER][:])
+    lengths = tokenized[PROMPT_TOKENS][:]
+    order = plan_order(lengths, tokenized[ANSWER_TOKENS][:])
     sampler.notice_context(lengths)
     return tokenized.select(order), order
-
-
-class RejectSampler:
-    """Batch of rows in, batch of rows with their candidates out: what `Dataset.map` calls.
-
-    Its state, for hashing, is everything that decides the candidates and nothing else: no model, no store, no budget.
-    """
-
-    def __init__(
-        self, engine: TransformersEngine, identity: dict[str, Any], settings: SamplingSettings, keep_raw: bool
-    ) -> None:
-        self.engine, self.identity, self.settings, self.keep_raw = engine, identity, settings, keep_raw
-        self.store: SampleStore | None = None
-        self.budget = 0
-
-    def key(self) -> dict[str, Any]:
-        """What decides the result beside the dataset."""
-        return {
-            "version": SAMPLING_VERSION,
-            "identity": self.identity,
-            "settings": asdict(self.settings),
-            "keep_raw": self.keep_raw,
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.key()
-
-    def store_name(self) -> str:
-        """The samples of one model under one way of drawing lie together: one folder of the store."""
-        drawing = {"version": SAMPLING_VERSION, "identity": self.identity, "drawing": self.settings.drawing()}
-        return hash_parts([json.dumps(drawing, sort_keys=True).encode()])
-
-    def features(self) -> dict[str, Any]:
-        """Types of the columns that sampling adds."""
-        added = {REJECTED: List(Value("string")), STATUS: List(Value("string")), TOKENS: List(Value("int64"))}
-        added[SECONDS] = Value("float64")
-        return {**added, RAW: List(Value("string"))} if self.keep_raw else added
-
-    @contextmanager
-    def using(self, folder: Path) -> Iterator[None]:
-        """Sample into the store in `folder`, with the budget that its first run measured there."""
-        with SampleStore(folder) as self.store:
-            self.budget = _recorded(folder / "budget.json", self.engine.token_budget)
-            yield
-        self.store = None
-
-    def tokenize(self, rows: dict[str, list], positions: list[int]) -> dict[str, list]:
-        """The working columns of a batch of rows."""
-        names = [name for name in PROMPT_COLUMNS if name in rows]
-        chats = [messages(dict(zip(names, values, strict=True))) for values in zip(*map(rows.get, names), strict=True)]
-        ids = self.engine.encode_chats(chats, self.settings.enable_thinking)
-        return {
-            _IDS: ids,
-            _LENGTH: [len(prompt) for prompt in ids],
-            _ANSWER: self.engine.count_tokens([gold or "" for gold in rows[OUTPUT]]),
-            _SEED: [str(self.settings.row_seed(index)) for index in rows.get(SOURCE_INDEX, positions)],
-        }
-
-    def notice_context(self, lengths: list[int]) -> None:
-        """Say once what the model's context length does to this run."""
-        context, cap = self.engine.context_length, self.settings.max_new_tokens
-        if context is None:
-            return
-        if clamped := sum(context - cap < length < context for length in lengths):
-            logger.warning(
-                "max_new_tokens %d is clamped for %d of %d rows: prompt and answer share a context of %d tokens.",
-                *(cap, clamped, len(lengths), context),
-            )
-
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """Sample what the store lacks of a page's candidates; the columns of all of them."""
-        context = self.engine.context_length or math.inf
-        fits = [row for row, length in enumerate(rows[_LENGTH]) if length < context]
-        keys = {
-            (row, candidate): record_key(rows[_SEED][row], str(candidate), prompt)
-            for row in fits
-            for prompt in [array("q", rows[_IDS][row]).tobytes()]
-            for candidate in range(self.settings.candidates)
-        }
-        records = {of: record for of, key in keys.items() if (record := self.store.get(key)) is not None}
-        # Batches are cut before what is known is left out, so that a resumed run decodes what was together together.
-        for batch in cut_batches(
-            [rows[_LENGTH][row] for row in fits],
-            [rows[_ANSWER][row] for row in fits],
-            self.settings.candidates,
-            self.budget,
-        ):
-            parts = [(fits[part.row], part.candidates) for part in batch]
-            wanted = {row: [c for c in candidates if (row, c) not in records] for row, candidates in parts}
-            if wanted := {row: missing for row, missing in wanted.items() if missing}:
-                fresh = self._sample(rows, wanted, context)
-                self.store.append((keys[of], record) for of, record in fresh.items())
-                records.update(fresh)
-        every = range(self.settings.candidates)
-        return self._columns([[records.get((row, c)) for c in every] for row in range(len(rows[_IDS]))])
-
-    def _sample(
-        self, rows: dict[str, list], wanted: dict[int, list[int]], context: float
-    ) -> dict[tuple[int, int], dict[str, Any]]:
-        from t2s_pref.decoding import Request
-
-        cap = self.settings.max_new_tokens
-        requests = [
-            Request(rows[_IDS][row], int(rows[_SEED][row]), candidates, int(min(cap, context - rows[_LENGTH][row])))
-            for row, candidates in wanted.items()
-        ]
-        start = time.perf_counter()
-        answers = self.engine.sample(requests, self.settings)
-        share = (time.perf_counter() - start) / sum(map(len, answers))
-        return {
-            (row, candidate): {**answer._asdict(), "seconds": share}
-            for (row, candidates), drawn in zip(wanted.items(), answers, strict=True)
-            for candidate, answer in zip(candidates, drawn, strict=True)
-        }
-
-    def _columns(self, sampled: list[list[dict[str, Any] | None]]) -> dict[str, list]:
-        columns: dict[str, list] = {name: [] for name in self.features()}
-        for records in sampled:
-            found = [(PROMPT_TOO_LONG, "") if record is None else _sql_of(record) for record in records]
-            columns[REJECTED].append([sql for status, sql in found if status == SAMPLED])
-            columns[STATUS].append([status for status, _ in found])
-            columns[TOKENS].append([record["tokens"] if record else 0 for record in records])
-            columns[SECONDS].append(sum(record["seconds"] for record in records if record))
-            if self.keep_raw:
-                columns[RAW].append([record["text"] if record else "" for record in records])
-        return columns
-
-
-def _sql_of(record: dict[str, Any]) -> tuple[str, str]:
-    if not record["ended"]:
-        return TRUNCATED, ""
-    sql = extract_sql(record["text"])
-    return (SAMPLED, sql) if sql else (NO_SQL, "")
-
-
-def _recorded(path: Path, measure: Callable[[], int]) -> int:
-    """The token budget in `path`, measured and written by whichever process comes first.
-
-    Batches follow from it, so a resumed run and all ranks must use the same.
-    """
-    with suppress(FileNotFoundError):
-        return json.loads(path.read_text(encoding="utf-8"))["token_budget"]
-    mine = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-    with atomic_write(mine) as file:
-        json.dump({"token_budget": measure()}, file)
-    try:
-        os.link(mine, path)  # unlike a rename, it never replaces what another process wrote first
-    except OSError:
-        if not path.exists():  # a file system without hard links
-            os.replace(mine, path)
-    mine.unlink(missing_ok=True)
-    return json.loads(path.read_text(encoding="utf-8"))["token_budget"]

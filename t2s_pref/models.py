@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-
 
 class Loaded(NamedTuple):
     """A model that is ready to sample from, its tokenizer, and what it was loaded from."""

@@ -24,12 +24,11 @@ from t2s_pref.columns import (
     each_split,
 )
 from t2s_pref.errors import UserError
+from t2s_pref.settings import DEDUPS
 from t2s_pref.sql import check_dialect, normalize_sql
 
 # Raise it when the same rows give other pairs: results of older code are then not served.
 PAIRS_VERSION = 1
-
-DEDUPS = ("none", "exact", "normalized")
 
 # Why a reject is not kept; the empty string where it is.
 KEPT = ""

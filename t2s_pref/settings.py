@@ -10,6 +10,11 @@ from t2s_pref.errors import UserError
 # of every key, so that old samples are never served for new code. tests/test_golden.py fails where that was forgotten.
 SAMPLING_VERSION = 1
 
+# What may be chosen, and the default: here, because the command line must know it without importing anything large.
+DEFAULT_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEDUPS = ("none", "exact", "normalized")
+
 
 @dataclass(frozen=True)
 class SamplingSettings:

@@ -13,7 +13,7 @@ from datasets.fingerprint import Hasher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from t2s_pref import SamplingSettings, TransformersEngine, UserError, demo_files, explode_rejected, generate_rejected
-from t2s_pref.generate import RejectSampler
+from t2s_pref.sampler import RejectSampler
 from t2s_pref.store import SampleStore
 
 SETTINGS = SamplingSettings(num_rejects=3, max_new_tokens=64, temperature=1.0, top_p=0.95)
