@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from t2s_pref import demo_files
 from t2s_pref.store import SampleStore
@@ -98,9 +99,9 @@ def test_ctrl_c_ends_with_code_130_and_says_how_to_go_on(tmp_path, uninterrupted
     assert (tmp_path / "dpo.json").read_bytes() == uninterrupted
 
 
-def launch(folder, output, processes=2):
+def launch(folder, output, *how):
     # without GPUs, accelerate starts several processes only where it is told that there are several devices
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher = ["-m", "accelerate.commands.launch", *(how or ["--multi_gpu"]), "--num_processes", "2"]
     return start([*launcher, *command(folder, output)], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -122,6 +123,16 @@ def test_two_ranks_find_what_one_process_cached(tmp_path, uninterrupted):
     assert process.returncode == 0, errors
     assert (tmp_path / "b.json").read_bytes() == uninterrupted
     assert len(list((tmp_path / "cache" / "samples").glob("*/segment*"))) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs accelerate starts as many processes as it is asked for")
+def test_where_accelerate_starts_one_process_of_two_that_is_said_and_the_file_is_the_same(tmp_path, uninterrupted):
+    process = launch(tmp_path, "dpo.json", "--cpu")
+    errors = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, errors
+    assert "accelerate started a single process" in errors
+    assert "--multi_gpu" in errors
+    assert (tmp_path / "dpo.json").read_bytes() == uninterrupted
 
 
 def test_a_mistake_under_accelerate_ends_all_ranks_with_a_non_zero_code(tmp_path):
