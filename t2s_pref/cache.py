@@ -49,18 +49,17 @@ def keep(
     step: str,
     key: dict[str, Any],
     cache_dir: str | os.PathLike[str] | None,
-    build: Callable[[Path, str], Dataset],
+    build: Callable[[Path, str], object],
 ) -> Dataset:
     """Build the result of `step` on `dataset` and keep it under `key`.
 
     Args:
-        build: given a folder to work in and a fingerprint, writes `result.arrow` there and returns the dataset.
+        build: given a folder to work in and a fingerprint, writes `result.arrow` there.
     """
     path, fingerprint = _place(dataset, step, key, cache_dir)
     with draft_folder(path.parent) as folder:
-        built = build(folder, fingerprint)
+        build(folder, fingerprint)
         draft = folder / "result.arrow"
-        del built
         seal = {"fingerprint": fingerprint, "size": draft.stat().st_size, "xxh3": hash_file(draft)}
         # without its seal a file is not found: whatever happens between these three lines, none is found by half
         _seal(path).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from t2s_pref.errors import UserError
+from t2s_pref.errors import UserError, one_line
 from t2s_pref.models import (
     Loaded,
     check_device,
@@ -19,7 +19,6 @@ from t2s_pref.models import (
     free_memory,
     hash_model,
     load,
-    one_line,
     resolve_device,
     resolve_dtype,
 )

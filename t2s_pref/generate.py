@@ -100,9 +100,9 @@ def _generate(
             return None
         return found
 
-    def build(folder: Path, fingerprint: str) -> Dataset:
+    def build(folder: Path, fingerprint: str) -> None:
         with sampler.using(samples):
-            return _sample(dataset, sampler, folder, fingerprint, passed)
+            _sample(dataset, sampler, folder, fingerprint, passed)
 
     result = look_up() if reuse and len(dataset) else None
     if not len(dataset):
@@ -133,8 +133,8 @@ def _same_rows(found: Dataset, dataset: Dataset) -> bool:
 
 def _sample(
     dataset: Dataset, sampler: RejectSampler, folder: Path, fingerprint: str, map_kwargs: dict[str, Any]
-) -> Dataset:
-    """Map over the rows in plan order, then put them back into their own."""
+) -> None:
+    """Map over the rows in plan order, then put them back into their own, in `result.arrow`."""
     planned, order = _plan(dataset, sampler, folder)
     sampled = planned.map(
         sampler,
@@ -148,7 +148,7 @@ def _sample(
         **map_kwargs,
     )
     back = sorted(range(len(order)), key=order.__getitem__)
-    return sampled.select(back).map(
+    sampled.select(back).map(
         batched=True,
         cache_file_name=str(folder / "result.arrow"),
         new_fingerprint=fingerprint,

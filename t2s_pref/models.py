@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from t2s_pref import ranks
-from t2s_pref.errors import UserError
+from t2s_pref.errors import UserError, one_line
 from t2s_pref.weights import Source, hash_parts
 
 if TYPE_CHECKING:
@@ -248,9 +248,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
         ends.update(value if isinstance(value, list) else [] if value is None else [value])
     return ends
-
-
-def one_line(error: BaseException) -> str:
-    """An error of another library as one line of a sensible length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

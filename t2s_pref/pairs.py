@@ -57,7 +57,7 @@ def explode_rejected(
         dataset: columns read: `output` (`str`, the gold), `rejected` (`list[str]`), and where present `dialect` (`str`,
             the sqlglot name of the row's SQL dialect) and what `generate_rejected` notes a candidate.
         dedup: which rejects of one row count as one: `none`, `exact` (after strip) or `normalized` (by sqlglot: case,
-            spacing, comments, quotes).
+            spacing, comments).
         dialect: SQL dialect of rows without one of their own.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
 

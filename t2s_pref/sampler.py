@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import socket
 import time
 from array import array
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from t2s_pref.columns import (
     TRUNCATED,
 )
 from t2s_pref.engines import TransformersEngine
-from t2s_pref.files import atomic_write
+from t2s_pref.files import atomic_write, own_prefix
 from t2s_pref.plan import cut_batches
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
 from t2s_pref.settings import SAMPLING_VERSION, SamplingSettings
@@ -196,7 +195,7 @@ def _recorded(path: Path, measure: Callable[[], int]) -> int:
     """
     with suppress(FileNotFoundError):
         return json.loads(path.read_text(encoding="utf-8"))["token_budget"]
-    mine = path.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
+    mine = path.with_name(own_prefix(path.parent, f".{path.name}-"))
     with atomic_write(mine) as file:
         json.dump({"token_budget": measure()}, file)
     try:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from datasets import Dataset, DatasetDict
@@ -10,13 +10,11 @@ from datasets import Dataset, DatasetDict
 from t2s_pref.columns import (
     NO_SQL,
     PROMPT_TOO_LONG,
-    REJECTED,
     SAMPLED,
     SECONDS,
     STATUS,
     TOKENS,
     TRUNCATED,
-    check_columns,
     each_split,
 )
 from t2s_pref.pairs import DROP, DUPLICATE, EMPTY, KEPT, SAME_AS_GOLD, mark_drops
@@ -53,7 +51,7 @@ class Summary:
     rows_without_pair: dict[tuple[str, ...], int]
     tokens: int = 0
     seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str, str]]:
         """Label, value and share of every number, in reading order."""
@@ -135,7 +133,6 @@ def summary(
 
 
 def _count(marked: Dataset) -> Summary:
-    check_columns(marked, (REJECTED, DROP), "generate_rejected adds 'rejected'.")
     noted = STATUS in marked.column_names
     drops: Counter[str] = Counter()
     without: Counter[tuple[str, ...]] = Counter()

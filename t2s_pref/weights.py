@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from t2s_pref.errors import UserError
+from t2s_pref.errors import UserError, one_line
 from t2s_pref.files import atomic_write, looks_local
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _find_on_hub(name: str, file: str, revision: str | None) -> Source:
             f"{name!r} is neither a folder here nor in the Hub cache, and {why}; check the name and the connection."
         ) from error
     except Exception as error:  # answers of 5xx, and what the HTTP client has for a connection that breaks off
-        raise UserError(f"The Hub could not be reached for {name!r}: {_first_line(error)}; try again.") from error
+        raise UserError(f"The Hub could not be reached for {name!r}: {one_line(error)}; try again.") from error
     commit = path.parent.name
     return Source(name, commit, commit)
 
@@ -156,7 +156,3 @@ def hash_parts(parts: Iterable[bytes]) -> str:
         state.update(len(part).to_bytes(8, "big"))
         state.update(part)
     return state.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
