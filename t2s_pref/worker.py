@@ -1,0 +1,387 @@
+"""One worker of the sandbox: runs SQL that nobody trusts, compares the results, and may be killed at any moment.
+
+Started by `t2s_pref.pool` as `python -I -S worker.py`, with the standard library only: it has to start in milliseconds
+and to hold nothing worth stealing. It reads one job a line and answers a line for each gold and each candidate; the
+parent holds the watch and kills it where an answer is late. What each defence here is for:
+
+- the file is opened read-only and `immutable`, which leaves no `-wal` or `-shm` beside it;
+- the authorizer lets a statement select, read, recurse and call functions: no write, no ATTACH, no PRAGMA;
+- a progress handler ends what runs too long inside SQLite's virtual machine, limits on length and heap what grows;
+- limits on address space, file size (0: nothing can be written at all) and open files hold for the whole process;
+- what none of these stops (a `printf` of a gigabyte, an `instr` of megabytes) ends with the process.
+
+Not covered: a hole in SQLite itself that runs machine code. It would run as the user, without files to write to, but
+with a network. Where PDEATHSIG is missing (not Linux) a worker outlives a killed parent until its statement ends.
+"""
+
+import contextlib
+import json
+import re
+import resource
+import signal
+import sqlite3
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # -I keeps even the script's own folder from the path
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from t2s_pref import verdicts
+from t2s_pref.compare import Rows, bird_equal, compare, digest, spider_equal
+
+MEMORY = 768 << 20  # bytes of address space
+HEAP = 256 << 20  # bytes that SQLite may hold
+LONGEST_VALUE = 8 << 20
+OPEN_FILES = 64
+OPEN_DATABASES = 8
+CHUNK = 256  # rows fetched between two looks at their size
+TICK = 1000  # virtual machine instructions between two looks at the clock
+CELL = 64  # bytes that any cell takes in memory, whatever is in it
+
+GOLD_MARGIN = 10  # a candidate may take as many times as long as its gold
+
+
+class Limits(NamedTuple):
+    """The largest result that is looked at: rows, and bytes of its cells."""
+
+    rows: int
+    size: int
+
+
+class Failed(Exception):  # noqa: N818 - an outcome, not a mistake of this program
+    """A statement gave no result: the verdict on it, and the engine's message."""
+
+    def __init__(self, verdict: str, message: str) -> None:
+        super().__init__(message)
+        self.verdict, self.message = verdict, " ".join(message.split())[:500]
+
+
+# Running on SQLite
+
+ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+DENIED_FUNCTIONS = {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit", "fsdir", "sqlite_log"}
+
+# sqlite3 in Python 3.11 says SQLITE_ERROR for all of them: the message tells.
+_MESSAGES = tuple(
+    (re.compile(pattern), verdict)
+    for pattern, verdict in (
+        (r"not authorized|authorization denied|is prohibited|may not be modified", verdicts.BLOCKED),
+        (r"unsafe use|readonly database|vtable constructor failed", verdicts.BLOCKED),
+        (r"^interrupted", verdicts.TIMEOUT),
+        (r"too big|out of memory|too large|too many|stack overflow|disk is full", verdicts.RESOURCE),
+        (r"disk I/O|is locked|unable to open|image is malformed|is not a database", verdicts.RESOURCE),
+        (r"syntax error|incomplete input|unrecognized token", verdicts.SYNTAX_ERROR),
+        (r"no such table", verdicts.MISSING_TABLE),
+        (r"no such column|has no column named", verdicts.MISSING_COLUMN),
+        (r"no such function", verdicts.MISSING_FUNCTION),
+    )
+)
+
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|"(?P<name>(?:[^"]|"")*)\"""", re.S)
+
+_COMPARED = re.compile(r"(?:[=<>]|\b(?:like|glob|between|in\s*\())\s*\Z", re.I)
+
+
+class SqliteDatabase:
+    """One SQLite file, which nothing that is run can change.
+
+    Raises [`Failed`] with `no_database` where the file is missing or is no database.
+    """
+
+    version = f"SQLite {sqlite3.sqlite_version}"
+
+    def __init__(self, path: str, limits: Limits) -> None:
+        self.path, self.limits = path, limits
+        self._connections: dict[bool, sqlite3.Connection] = {}
+        self._deadline = 0.0
+        self._connect(reverse=False)
+
+    def _connect(self, reverse: bool) -> sqlite3.Connection:
+        # as a URI: `?`, `#` and `%` in a file name would name another file
+        address = f"{Path(self.path).absolute().as_uri()}?mode=ro&immutable=1"
+        try:
+            connection = sqlite3.connect(address, uri=True, isolation_level=None, cached_statements=0)
+            connection.text_factory = _text
+            for pragma in ("temp_store=MEMORY", "query_only=ON", "trusted_schema=OFF", f"hard_heap_limit={HEAP}"):
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+            if reverse:
+                connection.execute("PRAGMA reverse_unordered_selects=ON").fetchall()
+            _open_virtual_tables(connection)
+        except sqlite3.Error as error:
+            raise Failed(verdicts.NO_DATABASE, str(error)) from error
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        connection.set_authorizer(_authorize)
+        connection.set_progress_handler(self._late, TICK)
+        self._connections[reverse] = connection
+        return connection
+
+    def _late(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def run(self, sql: str, seconds: float, reverse: bool = False) -> Rows:
+        """The result of one statement, or [`Failed`]. With `reverse`, what has no order comes in the opposite one."""
+        self._deadline = time.monotonic() + seconds
+        connection = self._connections.get(reverse) or self._connect(reverse)
+        try:
+            cursor = connection.execute(sql)
+            try:
+                return self._fetch(cursor)
+            finally:
+                cursor.close()
+        except MemoryError as error:
+            raise Failed(verdicts.RESOURCE, "out of memory") from error
+        except (sqlite3.Error, sqlite3.Warning) as error:
+            raise Failed(_verdict_of(str(error)), str(error)) from error
+        except (ValueError, OverflowError) as error:  # a NUL character, a lone surrogate
+            raise Failed(verdicts.NOT_SQL, str(error)) from error
+
+    def _fetch(self, cursor: sqlite3.Cursor) -> Rows:
+        if cursor.description is None:
+            raise Failed(verdicts.EMPTY, "no statement")
+        rows: list[tuple] = []
+        size = 0
+        while chunk := cursor.fetchmany(CHUNK):
+            rows += chunk
+            size += sum(CELL + (len(cell) if type(cell) in (str, bytes) else 0) for row in chunk for cell in row)
+            if len(rows) > self.limits.rows:
+                raise Failed(verdicts.RESOURCE, f"more than {self.limits.rows} rows")
+            if size > self.limits.size:
+                raise Failed(verdicts.RESOURCE, f"more than {self.limits.size} bytes of rows")
+        return Rows(len(cursor.description), rows)
+
+    def string_columns(self, sql: str) -> str:
+        """The first name in double quotes that SQLite, finding no such column, reads as a string, or `""`.
+
+        One that something is compared with is left out: datasets like Spider write their values so.
+        """
+        if '"' not in sql:
+            return ""
+        names = _as_names(sql)
+        for text in (sql, names):
+            try:
+                self._deadline = time.monotonic() + 1
+                self._connections[False].execute(f"EXPLAIN {text}").close()
+            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+                missing = re.match(r"no such column: (.*)", str(error))
+                return missing[1] if missing and text is names else ""
+        return ""
+
+    def close(self) -> None:
+        """Close the file."""
+        for connection in self._connections.values():
+            connection.close()
+
+
+def _as_names(sql: str) -> str:
+    """The text with what stands in double quotes, where no value is expected, in backticks: names only."""
+    parts, end, is_value = [], 0, False
+    for part in _QUOTED.finditer(sql):
+        between = sql[end : part.start()]
+        is_value = bool(_COMPARED.search(between)) or (is_value and between.strip().lower() in (",", "and"))
+        parts += [between, part[0] if part["name"] is None or is_value else f"`{part['name']}`"]
+        end = part.end()
+    return "".join([*parts, sql[end:]])
+
+
+def _open_virtual_tables(connection: sqlite3.Connection) -> None:
+    """Open what needs more than reading to be opened, while nothing is forbidden yet: JSON's tables, full-text ones."""
+    own = connection.execute("SELECT name FROM sqlite_master WHERE sql LIKE 'CREATE VIRTUAL TABLE%'").fetchall()
+    quoted = ['"' + name.replace('"', '""') + '"' for (name,) in own]
+    for table in ("json_each('[]')", "json_tree('[]')", *quoted):
+        with contextlib.suppress(sqlite3.Error):  # a module that this SQLite lacks
+            connection.execute(f"SELECT * FROM {table} LIMIT 0").fetchall()
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")  # invalid UTF-8 is data too, and must not be an error
+
+
+def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    if action == sqlite3.SQLITE_PRAGMA and first == "data_version":  # full-text search asks it before each query
+        return sqlite3.SQLITE_OK
+    if action not in ALLOWED or (action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in DENIED_FUNCTIONS):
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK
+
+
+def _verdict_of(message: str) -> str:
+    if "one statement at a time" in message:
+        return verdicts.MULTI_STATEMENT
+    if "null character" in message:
+        return verdicts.NOT_SQL
+    return next((verdict for pattern, verdict in _MESSAGES if pattern.search(message)), verdicts.OTHER_ERROR)
+
+
+# Judging
+
+_NOT_RUN = {
+    verdicts.TIMEOUT: verdicts.GOLD_TIMEOUT,
+    verdicts.NO_DATABASE: verdicts.NO_DATABASE,
+    # golds crash no server: who lost the connection was somebody else, and may find it again
+    **dict.fromkeys((verdicts.UNREACHABLE, verdicts.WORKER_DIED), verdicts.UNREACHABLE),
+}
+_ENDS = (verdicts.TIMEOUT, verdicts.UNREACHABLE)  # what a probe that fails says of more than itself
+_TOO_MANY = re.compile(r"more than \d+ (rows|bytes)")
+_BEST_FIRST = (verdicts.EQUIVALENT, verdicts.WEAK, verdicts.AMBIGUOUS, verdicts.WRONG_RESULT)
+
+
+class Judge:
+    """Runs the golds of a job, then its candidates, and says what each of them is."""
+
+    def __init__(self, database: Any, job: dict[str, Any]) -> None:
+        self.database, self.job = database, job
+        self.golds: list[tuple[Rows, bool]] = []
+        self.slowest = 0.0
+
+    @property
+    def allowed(self) -> float:
+        """Seconds that a candidate may take."""
+        return max(self.job["timeout"], GOLD_MARGIN * self.slowest)
+
+    def gold(self, gold: dict[str, Any]) -> dict[str, Any]:
+        """Run an accepted gold; a verdict that is not usable ends the job, for it condemns nobody."""
+        deadline = time.monotonic() + self.job["gold_timeout"]
+        try:
+            start = time.monotonic()
+            rows = self.database.run(gold["sql"], self.job["gold_timeout"])
+            self.slowest = max(self.slowest, time.monotonic() - start)
+            self.golds.append((rows, gold["ordered"]))
+            verdict, detail = (verdicts.GOLD_OK if rows.rows else verdicts.GOLD_EMPTY), ""
+            if why := gold["volatile"] or self._undetermined(rows, gold, deadline):
+                verdict, detail = verdicts.GOLD_NONDETERMINISTIC, why
+            elif text := self.database.string_columns(gold["sql"]):
+                detail = f'"{text}" is no column: read as a string'
+            return {"verdict": verdict, "detail": detail, "digest": digest(rows), "rows": len(rows.rows)}
+        except Failed as failed:
+            verdict = _NOT_RUN.get(failed.verdict, verdicts.GOLD_ERROR)
+            if failed.verdict == verdicts.RESOURCE and _TOO_MANY.match(failed.message):
+                verdict = verdicts.GOLD_TRUNCATED
+            return {"verdict": verdict, "detail": failed.message, "digest": "", "rows": 0}
+
+    def _undetermined(self, rows: Rows, gold: dict[str, Any], deadline: float) -> str:
+        """Why the data do not determine the gold's result, or the empty string where they do."""
+        if gold["proven"]:
+            return ""
+        tries = [(gold["sql"], True, "rows without an order decide the result")]
+        tries += [(probe, False, "ties, or columns outside of GROUP BY, decide the result") for probe in gold["probes"]]
+        for sql, reverse, why in tries:
+            try:
+                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse)
+            except Failed as failed:
+                if failed.verdict in _ENDS:
+                    raise
+                continue  # the probe is our text, not the gold: what it cannot do says nothing
+            verdict, reason = compare(rows, again, False)
+            if verdict not in (verdicts.EQUIVALENT, verdicts.WEAK) and reason != "rounding":
+                return why
+        return ""
+
+    def candidate(self, candidate: dict[str, Any]) -> dict[str, Any]:
+        """Run a candidate and compare it with every accepted gold."""
+        deadline = time.monotonic() + self.allowed
+        scores = {"bird": False, "spider": False}
+        try:
+            rows = self.database.run(candidate["sql"], self.allowed)
+            verdict, detail = self._against_golds(rows)
+            if self.job["scores"]:
+                scores = {
+                    "bird": any(bird_equal(gold, rows) for gold, _ in self.golds),
+                    "spider": any(spider_equal(gold, rows, ordered) for gold, ordered in self.golds),
+                }
+            if verdict == verdicts.WRONG_RESULT and (why := self._doubt(candidate, deadline)):
+                verdict, detail = verdicts.AMBIGUOUS, why
+            return {"verdict": verdict, "detail": detail, "digest": digest(rows), **scores}
+        except Failed as failed:
+            verdict = verdicts.RESOURCE if failed.verdict == verdicts.NO_DATABASE else failed.verdict
+            return {"verdict": verdict, "detail": failed.message, "digest": "", **scores}
+
+    def _against_golds(self, rows: Rows) -> tuple[str, str]:
+        found = [compare(gold, rows, ordered) for gold, ordered in self.golds]
+        return min(found, key=lambda each: _BEST_FIRST.index(each[0]))
+
+    def _doubt(self, candidate: dict[str, Any], deadline: float) -> str:
+        """Why a candidate whose result differs may return the gold's another time; a timeout on the way is raised."""
+        if candidate["volatile"]:
+            return f"{candidate['volatile']} changes with time or chance"
+        tries = [(candidate["sql"], True)]
+        tries += [(probe, False) for probe in candidate["probes"]]
+        for sql, reverse in tries:
+            try:
+                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse)
+            except Failed as failed:
+                if failed.verdict in _ENDS:
+                    raise
+                continue
+            if self._against_golds(again)[0] != verdicts.WRONG_RESULT:
+                return "the data do not determine its result"
+        return ""
+
+
+# The loop
+
+
+def serve(open_database: Callable[[str, Limits], Any], memory: int = MEMORY) -> None:
+    """Confine this process, then answer jobs from standard input until it ends."""
+    _confine(memory)
+    databases: OrderedDict[tuple[str, Limits], Any] = OrderedDict()
+    _say({"ready": True})
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        _say(*_answers(open_database, databases, job), {"done": True})
+
+
+def _answers(open_database: Callable[[str, Limits], Any], databases: OrderedDict, job: dict[str, Any]) -> tuple:
+    """Say all answers to a job but the last, and return that: it goes out together with the end."""
+    place = (job["database"], Limits(*job["limits"]))
+    try:
+        if place not in databases:
+            databases[place] = open_database(*place)
+            if len(databases) > OPEN_DATABASES:
+                databases.popitem(last=False)[1].close()
+        databases.move_to_end(place)
+    except Failed as failed:
+        return ({"gold": 0, "verdict": failed.verdict, "detail": failed.message, "digest": "", "rows": 0},)
+    judge = Judge(databases[place], job)
+    steps: list[tuple[str, int, Callable, dict[str, Any]]] = []
+    steps += [("gold", place, judge.gold, gold) for place, gold in enumerate(job["golds"])]
+    steps += [("candidate", place, judge.candidate, candidate) for place, candidate in enumerate(job["candidates"])]
+    for step, (kind, number, look, statement) in enumerate(steps):
+        answer = {kind: number, **look(statement), "version": databases[place].version}
+        if kind == "gold" and answer["verdict"] not in verdicts.GOLD_USABLE:
+            return (answer,)
+        if step == len(steps) - 1:
+            return (answer,)
+        _say({**answer, "next": judge.allowed if steps[step + 1][0] == "candidate" else job["gold_timeout"]})
+    return ()
+
+
+def _say(*messages: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+    sys.stdout.buffer.flush()
+
+
+def _confine(memory: int) -> None:
+    with contextlib.suppress(OSError, AttributeError, ImportError):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no worker outlives its parent
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for limit, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(limit, (value, value))
+
+
+if __name__ == "__main__":
+    serve(SqliteDatabase)
