@@ -1,0 +1,207 @@
+"""Where the databases of the rows are: folders, files, mappings, servers; and what identifies their content."""
+
+import logging
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+from urllib.parse import quote
+
+from t2s_pref.errors import UserError, one_line
+from t2s_pref.weights import hash_parts, remembered_hashes
+
+logger = logging.getLogger(__name__)
+
+DatabasesLike = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str] | list[str]]
+
+SUFFIXES = (".sqlite", ".sqlite3", ".db")
+PLACEHOLDER = "{db_id}"
+# A file with one of these beside it, not empty, holds changes that the file itself lacks.
+LIVE = ("-wal", "-journal")
+
+# SQLAlchemy's names of backends, and sqlglot's of their dialects.
+DIALECTS = {"postgresql": "postgres", "mysql": "mysql", "mariadb": "mysql"}
+
+
+class Instance(NamedTuple):
+    """One database to run SQL on: a path or a URL, and a hash of its content where that is known."""
+
+    address: str
+    content: str | None
+    server: bool = False
+
+
+class Databases:
+    """The databases of a dataset's rows, found and hashed; a context manager, for it may hold temporary copies.
+
+    Args:
+        given: a folder in the layout of Spider and BIRD (`<db_id>/<db_id>.sqlite`; further files in a database's folder
+            are further instances of it), or with `<db_id>.sqlite` in it; one SQLite file for all rows; a mapping from
+            `db_id` to a file, a list of files or a URL; or a SQLAlchemy URL, with `{db_id}` where each has its own.
+        db_ids: which are needed; `None` for rows that name none.
+        version: what a server's content is called; without it, nothing run there is cached.
+        memo: JSON file of hashes by path, size and time.
+
+    Raises:
+        [`UserError`]: where nothing is found at all, or a file is being written to.
+    """
+
+    def __init__(
+        self,
+        given: DatabasesLike,
+        db_ids: Iterable[str | None],
+        *,
+        version: str | None = None,
+        memo: Path | None = None,
+    ) -> None:
+        self._copies = tempfile.TemporaryDirectory(prefix="t2s_pref-databases-", ignore_cleanup_errors=True)
+        self._found: dict[str | None, tuple[Instance, ...]] = {}
+        self.dialect, self.version = "sqlite", version
+        try:
+            self._find(given, sorted(set(db_ids), key=lambda name: (name is not None, name)), memo)
+        except BaseException:
+            self._copies.cleanup()
+            raise
+
+    def __enter__(self) -> "Databases":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._copies.cleanup()
+
+    def __getitem__(self, db_id: str | None) -> tuple[Instance, ...]:
+        """The instances of a database; none where it does not exist."""
+        return self._found.get(db_id, ())
+
+    @property
+    def contents(self) -> dict[str, list[str]] | None:
+        """Hashes by db_id, for a key; `None` where a server's content is not known, so that nothing may be cached."""
+        hashes = {str(db_id): [each.content for each in found] for db_id, found in self._found.items()}
+        return None if any(None in of for of in hashes.values()) else hashes
+
+    def _find(self, given: DatabasesLike, db_ids: list[str | None], memo: Path | None) -> None:
+        places = {db_id: _places(given, db_id) for db_id in db_ids}
+        missing = [db_id for db_id, of in places.items() if not of]
+        if missing and len(missing) == len(places):
+            raise UserError(_nothing_found(given, missing[0]))
+        if missing:
+            logger.warning(
+                "%d of %d databases were not found (%r is one); their rows cannot be judged.",
+                *(len(missing), len(places), missing[0]),
+            )
+        urls = {place for of in places.values() for place in of if _is_url(place)}
+        if urls:
+            self.dialect = _dialect(next(iter(urls)))
+        elif self.version is not None:
+            raise UserError("database_version is for servers; the content of SQLite files is hashed.")
+        files = {place: self._settled(Path(place)) for of in places.values() for place in of if place not in urls}
+        try:
+            hashes = remembered_hashes(files.values(), memo)
+        except OSError as error:
+            raise UserError(f"A database cannot be read: {one_line(error)}.") from error
+        for db_id, of in places.items():
+            self._found[db_id] = tuple(
+                Instance(place, _server_content(place, self.version), server=True)
+                if place in urls
+                else Instance(str(files[place]), hashes[files[place]])
+                for place in of
+            )
+
+    def _settled(self, path: Path) -> Path:
+        """The file itself, or, where a log beside it holds what it lacks, a copy with that put in.
+
+        Workers open files as immutable, which is how nothing is written beside them; but then a log is not read.
+        """
+        path = path.resolve()
+        logs = [log for suffix in LIVE if (log := path.with_name(path.name + suffix)).exists() and log.stat().st_size]
+        if not logs:
+            return path
+        folder = Path(tempfile.mkdtemp(dir=self._copies.name))
+        before = remembered_hashes([path, *logs], None)
+        for file in (path, *logs):
+            shutil.copy(file, folder / file.name)
+        if {folder / file.name: known for file, known in before.items()} != remembered_hashes(
+            [folder / file.name for file in (path, *logs)], None
+        ) or before != remembered_hashes([path, *logs], None):
+            raise UserError(f"{str(path)!r} is being written to; try again when its writer has ended.")
+        copy = folder / path.name
+        try:
+            with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
+                connection.execute("PRAGMA journal_mode=DELETE").fetchall()
+                connection.execute("PRAGMA schema_version").fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{str(path)!r} has a log beside it that cannot be read: {one_line(error)}.") from error
+        return copy
+
+
+def _places(given: DatabasesLike, db_id: str | None) -> list[str]:
+    """Paths or URLs of the instances of a database, the one of its own name first."""
+    if isinstance(given, Mapping):
+        value = given.get(db_id) if db_id is not None else None
+        if isinstance(value, list | tuple):
+            return [place for each in value for place in _places(each, None)]
+        return [] if value is None else _places(value, None)
+    text = os.fspath(given)
+    if _is_url(text):
+        if PLACEHOLDER not in text:
+            return [text]
+        return [text.replace(PLACEHOLDER, quote(db_id, safe=""))] if db_id else []
+    path = Path(text).expanduser()
+    if path.is_file():
+        return [str(path)]
+    if not path.is_dir():
+        raise UserError(f"{text!r} is neither a file nor a folder; databases are a folder, a file, a mapping or a URL.")
+    # A db_id comes with the data, from anywhere: it names a folder in this one and nothing else.
+    if not db_id or db_id in (".", "..") or "/" in db_id or "\\" in db_id or "\0" in db_id:
+        return []
+    inside = path / db_id
+    if inside.is_dir():
+        files = sorted(file for file in inside.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        files.sort(key=lambda file: file.stem != db_id)
+    else:
+        files = [file for suffix in SUFFIXES if (file := path / f"{db_id}{suffix}").is_file()]
+    return [str(file) for file in files]
+
+
+def _nothing_found(given: DatabasesLike, db_id: str | None) -> str:
+    if isinstance(given, Mapping):
+        return f"No database for {db_id!r}; the mapping has {sorted(given)[:10]}."
+    if db_id is None:
+        return (
+            f"The rows have no column 'db_id', and {str(given)!r} holds several databases; add the column, or name one "
+            "file."
+        )
+    return f"No database for {db_id!r} in {_hidden(str(given))!r}; expected {db_id}/{db_id}.sqlite in it."
+
+
+def _is_url(text: str) -> bool:
+    return "://" in text
+
+
+def _hidden(text: str) -> str:
+    """A place without the user and the password that a URL may hold, in front of its host or among its options."""
+    scheme, mark, rest = text.partition("://")
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}" if mark else text
+
+
+def _dialect(url: str) -> str:
+    backend = url.partition("://")[0].partition("+")[0]
+    if backend not in DIALECTS:
+        raise UserError(f"{backend!r} is not a server known here; use one of {', '.join(DIALECTS)}, or a SQLite file.")
+    try:
+        import sqlalchemy  # noqa: F401 - the workers import it, and could not say so well
+    except ImportError as error:
+        raise UserError(f"{backend} needs SQLAlchemy and a driver: pip install 't2s_pref[servers]'.") from error
+    return DIALECTS[backend]
+
+
+def _server_content(url: str, version: str | None) -> str | None:
+    """A name for a server's content: its address without the password, and the version that the user vouches for."""
+    return None if version is None else hash_parts([_hidden(url).encode(), version.encode()])
