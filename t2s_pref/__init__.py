@@ -4,7 +4,8 @@
 from t2s_pref import SamplingSettings, explode_rejected, generate_rejected, load_sft, save_llamafactory, summary
 
 rows = load_sft("my_sft.json")
-rows = generate_rejected(rows, "Qwen/Qwen3-4B-Instruct-2507", SamplingSettings(num_rejects=4))
+settings = SamplingSettings(num_rejects=4)
+rows = generate_rejected(rows, "Qwen/Qwen3-4B-Instruct-2507", settings, databases="my_databases")
 pairs = explode_rejected(rows, dedup="normalized")
 save_llamafactory(pairs, "my_dpo.json")
 print(summary(rows, dedup="normalized"))
@@ -15,6 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from t2s_pref.accuracy import Evaluation, evaluate
+    from t2s_pref.audit import Audit, audit_golds
     from t2s_pref.demo import demo_files
     from t2s_pref.engines import TransformersEngine
     from t2s_pref.errors import UserError
@@ -25,35 +28,49 @@ if TYPE_CHECKING:
     from t2s_pref.pairs import explode_rejected
     from t2s_pref.settings import SamplingSettings
     from t2s_pref.tally import Summary, summary
+    from t2s_pref.verdicts import WRONG
+    from t2s_pref.verify import verify_rejected
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "WRONG",
+    "Audit",
+    "Evaluation",
     "SamplingSettings",
     "Summary",
     "TransformersEngine",
     "UserError",
+    "audit_golds",
     "demo_files",
+    "evaluate",
     "explode_rejected",
     "generate_rejected",
     "load_sft",
     "release_models",
     "save_llamafactory",
     "summary",
+    "verify_rejected",
 ]
 
 _HOME = {
+    "WRONG": "verdicts",
+    "Audit": "audit",
+    "Evaluation": "accuracy",
     "SamplingSettings": "settings",
     "Summary": "tally",
     "TransformersEngine": "engines",
     "UserError": "errors",
+    "audit_golds": "audit",
     "demo_files": "demo",
+    "evaluate": "accuracy",
     "explode_rejected": "pairs",
     "generate_rejected": "generate",
     "load_sft": "load",
     "release_models": "models",
     "save_llamafactory": "llamafactory",
     "summary": "tally",
+    "verify_rejected": "verify",
 }
 
 

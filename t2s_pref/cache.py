@@ -47,15 +47,19 @@ def find(dataset: Dataset, step: str, key: dict[str, Any], cache_dir: str | os.P
 def keep(
     dataset: Dataset,
     step: str,
-    key: dict[str, Any],
+    key: dict[str, Any] | None,
     cache_dir: str | os.PathLike[str] | None,
     build: Callable[[Path, str], object],
 ) -> Dataset:
-    """Build the result of `step` on `dataset` and keep it under `key`.
+    """Build the result of `step` on `dataset` and keep it under `key`; in memory only where there is no key.
 
     Args:
         build: given a folder to work in and a fingerprint, writes `result.arrow` there.
     """
+    if key is None:
+        with draft_folder(cache_folder(cache_dir) / step) as folder:
+            build(folder, mark := os.urandom(16).hex())
+            return _open(folder / "result.arrow", mark, dataset, in_memory=True)
     path, fingerprint = _place(dataset, step, key, cache_dir)
     with draft_folder(path.parent) as folder:
         build(folder, fingerprint)
@@ -82,8 +86,8 @@ def _place(
     return cache_folder(cache_dir) / step / f"{fingerprint}.arrow", fingerprint
 
 
-def _open(path: Path, fingerprint: str, source: Dataset) -> Dataset:
-    result = Dataset.from_file(str(path), split=source.split)
+def _open(path: Path, fingerprint: str, source: Dataset, in_memory: bool = False) -> Dataset:
+    result = Dataset.from_file(str(path), split=source.split, in_memory=in_memory)
     result._fingerprint = fingerprint
     result.info.description = source.info.description
     return result
@@ -94,19 +98,32 @@ def cached_map(
     function: Callable[..., dict[str, list]],
     *,
     step: str,
-    key: dict[str, Any],
+    key: dict[str, Any] | None,
     features: Features,
     remove_columns: list[str] | None = None,
     cache_dir: str | os.PathLike[str] | None,
     map_kwargs: dict[str, Any],
+    prepare: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """A batched `Dataset.map` whose result is found again."""
+    """A batched `Dataset.map` whose result is found again.
+
+    Args:
+        key: what decides the result beside the dataset; `None` where that is not known, and nothing is kept.
+        prepare: called before the first batch, where the result is not found.
+    """
     check_map_kwargs(map_kwargs)
     passed = {"desc": step.capitalize(), **map_kwargs}
+    reuse = may_reuse(passed)
     if not len(dataset):
         return without_rows(dataset, features)
-    if may_reuse(passed) and (found := find(dataset, step, key, cache_dir)) is not None:
+    if key is None:
+        prepare()
+        mark = os.urandom(16).hex()  # what comes after is not to be found again either
+        passed |= {"keep_in_memory": True, "load_from_cache_file": False, "new_fingerprint": mark}
+        return dataset.map(function, batched=True, features=features, remove_columns=remove_columns, **passed)
+    if reuse and (found := find(dataset, step, key, cache_dir)) is not None:
         return found
+    prepare()
 
     def build(folder: Path, fingerprint: str) -> Dataset:
         return dataset.map(

@@ -2,17 +2,14 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 
-from t2s_pref import __version__
+from t2s_pref import __version__, commands
 from t2s_pref.errors import UserError
 from t2s_pref.ranks import rank, started_alone
-from t2s_pref.settings import DEDUPS, DEFAULT_MODEL, DTYPES, SamplingSettings
-
-DEFAULTS = {field.name: field.default for field in fields(SamplingSettings)}
+from t2s_pref.settings import DEDUPS, DEFAULT_MODEL, DTYPES, GOLD_TIMEOUT, SAMPLING_DEFAULTS, SELECTS, TIMEOUT
+from t2s_pref.verdicts import VERDICTS
 
 logger = logging.getLogger(__name__)
 
@@ -25,23 +22,95 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `t2s-pref`."""
     parser = argparse.ArgumentParser(
         prog="t2s-pref",
-        description="Preference pairs for text-to-SQL: the SQL that a model itself writes, beside the gold.",
+        description="Preference pairs for text-to-SQL: SQL that a model itself writes and gets wrong, beside the gold.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    reject = commands.add_parser(
+    def command(name: str, text: str, description: str) -> argparse.ArgumentParser:
+        new = added.add_parser(
+            name, help=text, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        new.set_defaults(run=getattr(commands, name))
+        return new
+
+    reject = command(
         "reject",
-        help="from an SFT file to preference pairs that LLaMA-Factory trains on",
-        description="Sample rejected SQL for every row of an SFT file and write one preference pair a reject. "
-        "A run that was stopped goes on where it was when it is started again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "from an SFT file to preference pairs that LLaMA-Factory trains on",
+        "Sample SQL for every row of an SFT file and write one preference pair a reject. With --databases, only what "
+        "is proven wrong by execution becomes a reject. A run that was stopped goes on where it was when it is started "
+        "again.",
     )
-    model = reject.add_argument_group("model")
+    _add_model(reject)
+    data = _add_data(reject)
+    _add_output(data)
+    data.add_argument(
+        "--dedup-rejects",
+        nargs="?",
+        const="exact",
+        default="none",
+        choices=DEDUPS,
+        help="drop rejects of a row that repeat, as text or after normalisation; exact where no value is given",
+    )
+    data.add_argument("--dialect", default="sqlite", help="SQL dialect, by its sqlglot name")
+    _add_sampling(reject, "candidates sampled a row; with --databases, proven rejects wanted a row")
+    proof = _add_databases(reject, required=False)
+    proof.add_argument("--max-candidates", type=int, help="most candidates a row (default: 4 * --num-rejects)")
+    _add_keep(proof)
+    proof.add_argument(
+        "--select",
+        default="first",
+        choices=SELECTS,
+        help="which rejects come first where a row has more than --max-per-row",
+    )
+    proof.add_argument("--max-per-row", type=int, help="most rejects of a row that are kept (default: all)")
+
+    verify = command(
+        "verify",
+        "from a preference file of any tool to one without wrongly rejected SQL",
+        "Run both sides of every pair of a preference file and write the pairs whose rejected side is proven wrong.",
+    )
+    data = verify.add_argument_group("data")
+    data.add_argument("--data", required=True, help="JSON array or JSONL of records with chosen and rejected")
+    _add_output(data)
+    data.add_argument("--report", help="JSON file to write: every pair that was dropped, and why")
+    _add_cache(data)
+    _add_keep(_add_databases(verify))
+
+    audit = command(
+        "audit",
+        "which golds of an SFT file fail, time out, return nothing or are not determined by the data",
+        "Run every gold of an SFT file and list those that can prove nothing, with the engine's message.",
+    )
+    data = _add_data(audit)
+    data.add_argument("--report", help="JSON file to write")
+    _add_databases(audit, candidates=False)
+
+    evaluate = command(
+        "evaluate",
+        "execution accuracy of a model: strict, BIRD's and Spider's, greedy and pass@k",
+        "Answer every row of an SFT file greedily and with --num-rejects samples, and count the right answers.",
+    )
+    _add_model(evaluate)
+    data = _add_data(evaluate)
+    data.add_argument("--report", help="JSON file to write")
+    _add_sampling(evaluate, "the k of pass@k")
+    _add_databases(evaluate)
+
+    demo = command(
+        "demo",
+        "the whole road on the bundled model and databases, without network or GPU",
+        "Sample rejects for the bundled questions with the bundled model, prove them wrong, write SFT and DPO data.",
+    )
+    demo.add_argument("--output", default="demo_output", help="folder to write into")
+    _add_cache(demo)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
     model.add_argument(
-        "--base-model",
-        default=DEFAULT_MODEL,
-        help="folder or Hub id of the model that is to be trained",
+        "--base-model", default=DEFAULT_MODEL, help="folder or Hub id of the model that is to be trained"
     )
     model.add_argument("--adapter-path", default="", help="LoRA adapter on it, folder or Hub id; empty for none")
     model.add_argument("--strict-adapter", action="store_true", help="refuse an adapter that does not exist")
@@ -55,45 +124,70 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
 
-    data = reject.add_argument_group("data")
+
+def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    data = parser.add_argument_group("data")
     data.add_argument("--sft-data", required=True, help="JSON array, JSONL or Hub id of alpaca rows")
     data.add_argument("--split", help="the split of a dataset from the Hub")
+    data.add_argument("--max-samples", type=int, default=0, help="use only the first rows; 0 for all")
+    _add_cache(data)
+    return data
+
+
+def _add_cache(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--cache-dir", help="folder of samples, verdicts and results (default: t2s_pref under HF_HOME)")
+
+
+def _add_output(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--output", required=True, help="file of preference pairs to write, .json or .jsonl")
     data.add_argument("--dataset-name", help="its name in the dataset_info.json beside it (default: the file's stem)")
-    data.add_argument("--max-samples", type=int, default=0, help="use only the first rows; 0 for all")
-    data.add_argument(
-        "--dedup-rejects",
-        nargs="?",
-        const="exact",
-        default="none",
-        choices=DEDUPS,
-        help="drop rejects of a row that repeat, as text or after normalisation; exact where no value is given",
-    )
-    data.add_argument("--dialect", default="sqlite", help="SQL dialect, by its sqlglot name")
-    data.add_argument("--cache-dir", help="folder of samples and results (default: t2s_pref under HF_HOME)")
 
-    sampling = reject.add_argument_group("sampling")
+
+def _add_sampling(parser: argparse.ArgumentParser, wanted: str) -> None:
+    sampling = parser.add_argument_group("sampling")
     for name, kind, text in (
-        ("num_rejects", int, "candidates sampled a row"),
+        ("num_rejects", int, wanted),
         ("seed", int, "base seed; a row's own is seed + 1000 * its position in the file"),
         ("max_new_tokens", int, "length cap of an answer in tokens; what reaches it is dropped and counted"),
         ("temperature", float, "0 is greedy: one candidate a row"),
         ("top_p", float, "nucleus sampling; 1 keeps the whole vocabulary"),
     ):
-        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=DEFAULTS[name], help=text)
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=SAMPLING_DEFAULTS[name], help=text)
     sampling.add_argument("--enable-thinking", action="store_true", help="let a thinking model think before its SQL")
-    reject.set_defaults(run=_reject)
 
-    demo = commands.add_parser(
-        "demo",
-        help="the whole road on the bundled model and databases, without network or GPU",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Sample rejects for the bundled questions with the bundled model, and write SFT and DPO data.",
+
+def _add_databases(
+    parser: argparse.ArgumentParser, required: bool = True, candidates: bool = True
+) -> argparse._ArgumentGroup:
+    proof = parser.add_argument_group("verification")
+    proof.add_argument(
+        "--databases",
+        required=required,
+        help="folder of <db_id>/<db_id>.sqlite, one SQLite file, or a SQLAlchemy URL with {db_id}",
     )
-    demo.add_argument("--output", default="demo_output", help="folder to write into")
-    demo.add_argument("--cache-dir", help="folder of samples and results (default: t2s_pref under HF_HOME)")
-    demo.set_defaults(run=_demo)
-    return parser
+    proof.add_argument(
+        "--database-version", help="what you call the content of a server; without it nothing found there is cached"
+    )
+    if candidates:
+        proof.add_argument(
+            "--timeout",
+            type=float,
+            default=TIMEOUT,
+            help="seconds that an SQL may take; ten times its gold's where that is more",
+        )
+    proof.add_argument("--gold-timeout", type=float, default=GOLD_TIMEOUT, help="seconds that a gold may take")
+    proof.add_argument("--workers", type=int, help="processes that run SQL (default: one a core)")
+    return proof
+
+
+def _add_keep(proof: argparse._ArgumentGroup) -> None:
+    proof.add_argument(
+        "--keep",
+        nargs="+",
+        choices=VERDICTS,
+        metavar="VERDICT",
+        help="verdicts whose rejects are kept (default: those that prove a reject wrong)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,64 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"t2s-pref: {error}", file=sys.stderr)
         return MISTAKEN
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"t2s-pref: {error}; what was sampled is kept, run the same command again.", file=sys.stderr)
+        print(f"t2s-pref: {error}; what was found is kept, run the same command again.", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("t2s-pref: interrupted; what was sampled is kept, run the same command again to go on.", file=sys.stderr)
+        print("t2s-pref: interrupted; what was found is kept, run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _reject(args: argparse.Namespace) -> None:
-    from datasets import disable_progress_bars
-
-    from t2s_pref.engines import TransformersEngine
-    from t2s_pref.generate import generate_rejected
-    from t2s_pref.llamafactory import check_destination, save_llamafactory
-    from t2s_pref.load import load_sft
-    from t2s_pref.pairs import explode_rejected
-    from t2s_pref.sql import check_dialect
-    from t2s_pref.tally import summary
-
-    if args.max_samples < 0:
-        raise UserError(f"--max-samples is {args.max_samples}; it must be 0 (all rows) or more.")
-    if rank():
-        disable_progress_bars()  # one set of bars is enough
-    check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
-    if os.path.realpath(args.output) == os.path.realpath(args.sft_data):
-        raise UserError(f"--output is --sft-data, {args.output!r}, which would be overwritten; name another file.")
-    check_dialect(args.dialect)
-    settings = SamplingSettings(**{name: getattr(args, name) for name in DEFAULTS})
-    engine = TransformersEngine(
-        args.base_model,
-        adapter_path=args.adapter_path,
-        strict_adapter=args.strict_adapter,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        dtype=args.dtype,
-        device=args.device,
-    )
-    rows = load_sft(args.sft_data, split=args.split)
-    if isinstance(rows, dict):
-        raise UserError(f"{args.sft_data!r} has the splits {list(rows)}; choose one with --split.")
-    if args.max_samples:
-        rows = rows.select(range(min(args.max_samples, len(rows))))
-    rows = generate_rejected(rows, engine, settings, cache_dir=args.cache_dir)
-    if rank() > 0:
-        return
-    pairs = explode_rejected(rows, args.dedup_rejects, args.dialect, cache_dir=args.cache_dir)
-    print(summary(rows, args.dedup_rejects, args.dialect, cache_dir=args.cache_dir))
-    print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name)}")
-
-
-def _demo(args: argparse.Namespace) -> None:
-    # The bundled model is too small for threads to help, and on a busy machine they wait for each other's cores. It has
-    # to be said before torch is imported.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from t2s_pref.demo import run_demo
-
-    run = run_demo(args.output, args.cache_dir)
-    print(run.summary)
-    for pair in run.examples:
-        print("\n" + "\n".join(f"{name:>8}: {text}" for name, text in pair.items()))
-    print("\nwrote " + "\n      ".join(map(str, run.written)))

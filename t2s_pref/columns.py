@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
 from t2s_pref.errors import UserError
 
@@ -15,6 +15,7 @@ SYSTEM = "system"
 HISTORY = "history"
 DB_ID = "db_id"
 DIALECT = "dialect"
+ALTERNATIVES = "alternatives"  # further accepted golds
 SOURCE_INDEX = "source_index"
 
 # What sampling adds. Each list but `rejected` has one element a sampled candidate; `rejected` has only the usable ones.
@@ -24,10 +25,20 @@ TOKENS = "generated_tokens"
 SECONDS = "generation_seconds"
 RAW = "raw_answers"
 
+# What verification adds: a list has one element for each of `rejected`.
+VERDICT = "verdict"
+VERDICT_DETAIL = "verdict_detail"
+RESULT_DIGEST = "result_digest"
+DISTANCE = "distance"
+GOLD_VERDICT = "gold_verdict"
+GOLD_DETAIL = "gold_detail"
+
 # What a preference pair carries beside its source row.
 CHOSEN = "chosen"
 REJECTED_INDEX = "rejected_index"
 RAW_ANSWER = "raw_answer"
+
+STRINGS = (Value("string"), Value("large_string"))
 
 REQUIRED = (INSTRUCTION, INPUT, OUTPUT)
 
@@ -43,6 +54,13 @@ def check_columns(dataset: Dataset, needed: tuple[str, ...], way_out: str) -> No
     missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise UserError(f"Column {missing[0]!r} not found; columns are {dataset.column_names}. {way_out}")
+
+
+def one_split(dataset: Any) -> Dataset:
+    """A `Dataset` as it is; whatever else is refused, with the way out."""
+    if isinstance(dataset, DatasetDict):
+        raise UserError(f"Expected one split, got the splits {list(dataset)}; choose one, dataset[name].")
+    return each_split(dataset, lambda whole: whole)
 
 
 def each_split(dataset: Any, function: Callable[[Dataset], Dataset]) -> Any:

@@ -13,7 +13,8 @@ from t2s_pref.settings import SamplingSettings
 from t2s_pref.tally import Summary, summary
 
 # Its answers have some twenty tokens.
-DEMO_SETTINGS = SamplingSettings(num_rejects=4, max_new_tokens=128)
+DEMO_SETTINGS = SamplingSettings(num_rejects=3, max_new_tokens=128)
+DEMO_CANDIDATES = 9
 
 
 class DemoFiles(NamedTuple):
@@ -44,10 +45,17 @@ class DemoRun(NamedTuple):
 
 
 def run_demo(output: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> DemoRun:
-    """The whole road on the bundled files: load, sample, explode, save SFT and DPO data into the folder `output`."""
+    """The whole road on the bundled files: load, sample and prove, explode, save SFT and DPO data into `output`."""
     files = demo_files()
     rows = load_sft(files.train)
-    sampled = generate_rejected(rows, TransformersEngine(files.model), DEMO_SETTINGS, cache_dir=cache_dir)
+    sampled = generate_rejected(
+        rows,
+        TransformersEngine(files.model),
+        DEMO_SETTINGS,
+        databases=files.databases,
+        max_candidates=DEMO_CANDIDATES,
+        cache_dir=cache_dir,
+    )
     pairs = explode_rejected(sampled, dedup="normalized", cache_dir=cache_dir)
     sft = save_llamafactory(rows, Path(output) / "demo_sft.json")
     dpo = save_llamafactory(pairs, Path(output) / "demo_dpo.json")

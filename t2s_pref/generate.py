@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features
-from datasets.utils import tqdm
 
 from t2s_pref import ranks
+from t2s_pref.adaptive import Proof, sample_share, sample_until_proven
 from t2s_pref.cache import cache_folder, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
-from t2s_pref.columns import REQUIRED, SOURCE_INDEX, check_columns, each_split
+from t2s_pref.columns import OUTPUT, REQUIRED, SOURCE_INDEX, check_columns, each_split
+from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
 from t2s_pref.plan import PAGE, plan_order
+from t2s_pref.pool import Bounds
 from t2s_pref.sampler import ANSWER_TOKENS, PROMPT_TOKENS, WORKING, RejectSampler
-from t2s_pref.settings import DEFAULT_MODEL, SamplingSettings
+from t2s_pref.settings import DEFAULT_MODEL, GOLD_TIMEOUT, TIMEOUT, SamplingSettings
+from t2s_pref.verifier import Verifier
+from t2s_pref.verify import open_verifier, question, verify_with
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +32,20 @@ def generate_rejected(
     settings: SamplingSettings | None = None,
     *,
     keep_raw: bool = False,
+    databases: DatabasesLike | None = None,
+    max_candidates: int | None = None,
+    timeout: float = TIMEOUT,
+    gold_timeout: float = GOLD_TIMEOUT,
+    database_version: str | None = None,
+    workers: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **map_kwargs: Any,
 ) -> Dataset | DatasetDict:
     """Sample `settings.num_rejects` SQL candidates a row from the policy model.
+
+    With `databases`, it samples until `num_rejects` distinct candidates of a row are proven wrong by execution, or the
+    row has cost `max_candidates`: first as many as are wanted, then as many as are still lacking, round by round. A row
+    whose gold proves nothing is not sampled at all. The result has the columns of `verify_rejected` too.
 
     Cached twice: the result as an Arrow file, found again in milliseconds by any process, and below it each sample, so
     that a run that was killed goes on where it was and a higher `num_rejects` samples only what is new.
@@ -42,6 +56,9 @@ def generate_rejected(
         engine: what to sample from; a `str` is a folder or Hub id, `None` the default model.
         settings: how; by default `SamplingSettings()`.
         keep_raw: also keep the answers as the model wrote them.
+        databases: where to run golds and candidates, as for `verify_rejected`; without, nothing is run.
+        max_candidates: the most candidates a row, by default four times `num_rejects`; only with `databases`.
+        timeout, gold_timeout, database_version, workers: as for `verify_rejected`.
         cache_dir: folder of results and samples, by default `t2s_pref` under `HF_HOME`.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
 
@@ -72,7 +89,28 @@ def generate_rejected(
     check_map_kwargs(map_kwargs)
     if settings.candidates < settings.num_rejects:
         logger.warning("temperature 0 is greedy: every row has one candidate, not %d.", settings.num_rejects)
-    return each_split(dataset, lambda part: _generate(part, engine, settings, keep_raw, cache_dir, map_kwargs))
+    if databases is None:
+        if max_candidates is not None:
+            raise UserError("max_candidates bounds the search for proven rejects; it needs databases.")
+        return each_split(
+            dataset, lambda part: _generate(part, engine, settings, keep_raw, cache_dir, dict(map_kwargs), None, None)
+        )
+    most = 4 * settings.num_rejects if max_candidates is None else max_candidates
+    if most < settings.candidates:
+        raise UserError(f"max_candidates is {most}; it must be num_rejects ({settings.num_rejects}) or more.")
+    most = most if settings.temperature else settings.candidates
+    bounds = Bounds(timeout, gold_timeout)
+
+    def prove(part: Dataset) -> Dataset:
+        check_columns(part, REQUIRED, "load_sft makes them from alpaca files.")
+        with open_verifier(part, databases, bounds, database_version, workers, cache_dir) as verifier:
+            if verifier.key() is None and ranks.world_size() > 1:
+                raise UserError("Several processes share results by their key: a server needs database_version.")
+            sampled = _generate(part, engine, settings, keep_raw, cache_dir, dict(map_kwargs), verifier, most)
+            verifier.refresh()  # rank 0 has judged for all
+            return verify_with(verifier, sampled, cache_dir, dict(map_kwargs))
+
+    return each_split(dataset, prove)
 
 
 def _generate(
@@ -82,6 +120,8 @@ def _generate(
     keep_raw: bool,
     cache_dir: str | os.PathLike[str] | None,
     map_kwargs: dict[str, Any],
+    verifier: Verifier | None,
+    most: int | None,
 ) -> Dataset:
     check_columns(dataset, REQUIRED, "load_sft makes them from alpaca files.")
     if SOURCE_INDEX not in dataset.column_names:
@@ -89,20 +129,30 @@ def _generate(
     passed = {"desc": "Sampling rejects", **map_kwargs}
     reuse = may_reuse(passed)
     home = cache_folder(cache_dir)
-    memo = home / "weights.json"
-    sampler = RejectSampler(engine, engine.identity(memo), settings, keep_raw)
+    cpu = engine.device == "cpu"
+    sampler = RejectSampler(engine, engine.identity(home / "weights.json"), settings, keep_raw)
     samples = home / "samples" / sampler.store_name()
+    key: dict[str, Any] | None = sampler.key()
+    if verifier:
+        key = (proof := verifier.key()) and {**key, "proof": proof, "max_candidates": most}
 
     def look_up() -> Dataset | None:
-        found = find(dataset, "rejected", sampler.key(), cache_dir)
+        found = find(dataset, "rejected", key, cache_dir) if key else None
         if found is not None and not _same_rows(found, dataset):
             logger.warning("The cached result has other rows than the dataset; sampling again.")
             return None
         return found
 
+    def decide(planned: Dataset) -> None:
+        questions = [question(row, OUTPUT, verifier.databases.dialect) for row in dataset]
+        sampler.wanted = sample_until_proven(planned, sampler, Proof(verifier, questions, most), cpu)
+
     def build(folder: Path, fingerprint: str) -> None:
         with sampler.using(samples):
-            _sample(dataset, sampler, folder, fingerprint, passed)
+            planned, order = _plan(dataset, sampler, folder)
+            if verifier and sampler.wanted is None:
+                decide(planned)
+            _sample(dataset, planned, order, sampler, folder, fingerprint, passed)
 
     result = look_up() if reuse and len(dataset) else None
     if not len(dataset):
@@ -110,17 +160,20 @@ def _generate(
     elif ranks.world_size() > 1:  # all sample, the main rank alone writes, the others then read
         if result is None:
             with sampler.using(samples), draft_folder(home / "rejected") as folder:
-                _sample_share(dataset, sampler, folder)
-        ranks.wait_for_everyone(engine.device == "cpu")
+                planned, _ = _plan(dataset, sampler, folder)
+                decide(planned) if verifier else sample_share(planned, sampler)
+        ranks.wait_for_everyone(cpu)
         if result is None and ranks.rank() == 0:
-            result = keep(dataset, "rejected", sampler.key(), cache_dir, build)
-        ranks.wait_for_everyone(engine.device == "cpu")
+            result = keep(dataset, "rejected", key, cache_dir, build)
+        ranks.wait_for_everyone(cpu)
         result = look_up() if result is None else result
         if result is None:
             raise UserError(f"Rank {ranks.rank()} sees no result of rank 0 in {home}; all ranks must share it.")
     elif result is None:
-        result = keep(dataset, "rejected", sampler.key(), cache_dir, build)
+        result = keep(dataset, "rejected", key, cache_dir, build)
     told = f"generate_rejected: {engine.describe()}"
+    if verifier:
+        told += f"; until {settings.num_rejects} are proven wrong, at most {most} candidates a row"
     result.info.description = "\n".join(line for line in (dataset.info.description, told) if line)
     return result
 
@@ -132,10 +185,15 @@ def _same_rows(found: Dataset, dataset: Dataset) -> bool:
 
 
 def _sample(
-    dataset: Dataset, sampler: RejectSampler, folder: Path, fingerprint: str, map_kwargs: dict[str, Any]
+    dataset: Dataset,
+    planned: Dataset,
+    order: list[int],
+    sampler: RejectSampler,
+    folder: Path,
+    fingerprint: str,
+    map_kwargs: dict[str, Any],
 ) -> None:
     """Map over the rows in plan order, then put them back into their own, in `result.arrow`."""
-    planned, order = _plan(dataset, sampler, folder)
     sampled = planned.map(
         sampler,
         batched=True,
@@ -155,16 +213,6 @@ def _sample(
         load_from_cache_file=False,
         desc="Restoring the order",
     )
-
-
-def _sample_share(dataset: Dataset, sampler: RejectSampler, folder: Path) -> None:
-    """Sample every n-th page of the plan into the store, n ranks together all of them."""
-    planned, _ = _plan(dataset, sampler, folder)
-    mine = [row for row in range(len(planned)) if row // PAGE % ranks.world_size() == ranks.rank()]
-    with tqdm(total=len(mine), desc="Sampling rejects", unit=" rows", disable=ranks.rank() > 0 or None) as bar:
-        for page in planned.select(mine).iter(PAGE):
-            sampler(page)
-            bar.update(len(page[PROMPT_TOKENS]))
 
 
 def _plan(dataset: Dataset, sampler: RejectSampler, folder: Path) -> tuple[Dataset, list[int]]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from datasets import Dataset, DatasetDict, Value
 from filelock import FileLock
@@ -33,6 +33,7 @@ from t2s_pref.columns import (
 from t2s_pref.errors import UserError
 from t2s_pref.files import atomic_write
 from t2s_pref.load import check_history
+from t2s_pref.records import write_records
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def save_llamafactory(
     answers = _answer_columns(dataset)
     columns = [INSTRUCTION, INPUT, *answers, *(n for n in (SYSTEM, HISTORY, DB_ID) if n in dataset.column_names)]
     with atomic_write(path) as file:
-        _write(file, _records(dataset.select_columns(columns), answers), lines=path.suffix == ".jsonl")
-    _register(path.parent / DATASET_INFO, name, _entry(path.name, columns))
+        write_records(file, _records(dataset.select_columns(columns), answers), lines=path.suffix == ".jsonl")
+    register(path, name, columns)
     return path
 
 
@@ -194,20 +195,6 @@ def _check_answers(record: dict[str, Any], answers: tuple[str, ...], row: int) -
         )
 
 
-def _write(file: IO[str], records: Iterator[dict[str, Any]], *, lines: bool) -> None:
-    """Write one object a line, or the very text of `json.dump(list(records), file, indent=2)` without the list."""
-    separator = "[\n  "
-    for record in records:
-        if lines:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        else:
-            # A line feed inside a string is written \n, so every real one is indentation.
-            file.write(separator + json.dumps(record, ensure_ascii=False, indent=2).replace("\n", "\n  "))
-            separator = ",\n  "
-    if not lines:
-        file.write("\n]\n")
-
-
 def _entry(file_name: str, columns: list[str]) -> dict[str, Any]:
     """Return the `dataset_info.json` entry: a column not listed counts as absent, one listed must be in the data."""
     roles = {"prompt": INSTRUCTION, "query": INPUT}
@@ -233,8 +220,11 @@ def _read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _register(path: Path, name: str, entry: dict[str, Any]) -> None:
-    path = path.resolve()  # a link to the real file stays a link, and all that share that file share its lock
+def register(data: Path, name: str, columns: list[str]) -> None:
+    """Enter a data file with these columns into the `dataset_info.json` beside it, in the place of one of its name."""
+    entry = _entry(data.name, columns)
+    # a link to the real file stays a link, and all that share that file share its lock
+    path = (data.parent / DATASET_INFO).resolve()
     with _locked(path):
         info = _read_info(path)  # again: another process may have added its entry meanwhile
         if name in info:

@@ -34,12 +34,13 @@ from t2s_pref.columns import (
 )
 from t2s_pref.errors import UserError
 from t2s_pref.files import looks_local
-from t2s_pref.records import EXPECTED, KINDS, Origin, read_records
+from t2s_pref.records import KINDS, Origin, lone_surrogate, read_records
 
 logger = logging.getLogger(__name__)
 
 TEXT = (*REQUIRED, SYSTEM, DB_ID, DIALECT)
 KNOWN = (*REQUIRED, SYSTEM, HISTORY, DB_ID, DIALECT, SOURCE_INDEX)
+EXPECTED = "expected objects with the text columns instruction, input and output (the gold SQL)"
 MAX_KEYS = 1000  # more distinct keys than this are data used as names, and would make a column of each
 HASHED_ROWS = 1000  # a fixed number, so that the fingerprint does not depend on how Arrow chunks the table
 
@@ -135,7 +136,7 @@ def _from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset 
 
 
 def _from_file(path: Path) -> Dataset:
-    records, origin = read_records(path)
+    records, origin = read_records(path, EXPECTED)
     for number, record in enumerate(records):
         for name in REQUIRED:
             if name not in record:
@@ -158,17 +159,9 @@ def _keys(what: str, objects: Iterable[dict[str, Any]], origin: Origin) -> list[
     if len(keys) > MAX_KEYS:
         raise origin.error(f"{what} have {len(keys)} different keys; data used as keys belongs in a JSON string.")
     for key in keys:
-        if _lone_surrogate(key):
+        if lone_surrogate(key):
             raise origin.error(f"key {key!a} holds half of a surrogate pair, which is not text.")
     return keys
-
-
-def _lone_surrogate(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return text[error.start]
-    return None
 
 
 def _array(name: str, values: list[Any], arrow_type: pa.DataType | None, origin: Origin) -> pa.Array:
@@ -179,7 +172,7 @@ def _array(name: str, values: list[Any], arrow_type: pa.DataType | None, origin:
     except UnicodeEncodeError as error:
         # Arrow finds it, and names no row: the slow search is for the error only.
         for record, value in enumerate(values):
-            if half := _lone_surrogate(json.dumps(value, ensure_ascii=False)):
+            if half := lone_surrogate(json.dumps(value, ensure_ascii=False)):
                 problem = f"column {name!r} holds {half!a}, half of a surrogate pair, which is not text."
                 raise origin.error(problem, record) from error
         raise
@@ -235,7 +228,7 @@ def _mixed(name: str, values: Sequence[Any], records: Sequence[int], origin: Ori
 
 
 def _from_dataset(dataset: Dataset, name: str = "dataset") -> Dataset:
-    origin = Origin(f"{name} (split {dataset.split})" if dataset.split else name)
+    origin = Origin(f"{name} (split {dataset.split})" if dataset.split else name, EXPECTED)
     features = dataset.features
     for column in REQUIRED:
         if column not in features:

@@ -1,7 +1,8 @@
 """From a list of rejects a row to one preference pair a row, with every drop counted by its cause."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -9,36 +10,44 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 
 from t2s_pref.cache import cached_map
 from t2s_pref.columns import (
+    ALTERNATIVES,
     CHOSEN,
     DIALECT,
+    DISTANCE,
+    GOLD_DETAIL,
+    GOLD_VERDICT,
     OUTPUT,
     RAW,
     RAW_ANSWER,
     REJECTED,
     REJECTED_INDEX,
+    RESULT_DIGEST,
     SAMPLED,
     SECONDS,
     STATUS,
+    STRINGS,
     TOKENS,
+    VERDICT,
+    VERDICT_DETAIL,
     check_columns,
     each_split,
 )
 from t2s_pref.errors import UserError
-from t2s_pref.settings import DEDUPS
+from t2s_pref.settings import DEDUPS, SELECTS
 from t2s_pref.sql import check_dialect, normalize_sql
+from t2s_pref.verdicts import VERDICTS, WRONG
 
 # Raise it when the same rows give other pairs: results of older code are then not served.
-PAIRS_VERSION = 1
+PAIRS_VERSION = 2
 
-# Why a reject is not kept; the empty string where it is.
+# Why a reject is not kept, if not for its verdict; the empty string where it is.
 KEPT = ""
 EMPTY = "empty"
 SAME_AS_GOLD = "same_as_gold"
 DUPLICATE = "duplicate"
+NOT_SELECTED = "not_selected"
 
 DROP = "drop_cause"
-
-STRINGS = (Value("string"), Value("large_string"))
 
 
 def explode_rejected(
@@ -46,28 +55,38 @@ def explode_rejected(
     dedup: str = "none",
     dialect: str = "sqlite",
     *,
+    keep: Collection[str] | None = None,
+    select: str = "first",
+    max_per_row: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **map_kwargs: Any,
 ) -> Dataset | DatasetDict:
     """One preference pair a row from each row's list of rejects.
 
-    A reject that equals the gold after normalisation, or is empty, is never kept, whatever `dedup`.
+    A reject that equals a gold after normalisation, or is empty, is never kept, whatever the arguments.
 
     Args:
-        dataset: columns read: `output` (`str`, the gold), `rejected` (`list[str]`), and where present `dialect` (`str`,
-            the sqlglot name of the row's SQL dialect) and what `generate_rejected` notes a candidate.
+        dataset: columns read: `output` (`str`, the gold), `rejected` (`list[str]`), and where present `alternatives`
+            (`list[str]`, further accepted golds), `dialect` (`str`, the sqlglot name of the row's SQL dialect), what
+            `generate_rejected` notes a candidate, and what `verify_rejected` found.
         dedup: which rejects of one row count as one: `none`, `exact` (after strip) or `normalized` (by sqlglot: case,
             spacing, comments).
         dialect: SQL dialect of rows without one of their own.
+        keep: the verdicts whose rejects are kept; by default `WRONG`, those proven wrong. Rejects that were not
+            verified have no verdict, and are kept whatever they are.
+        select: which come first where a row has more than `max_per_row`: `first` as sampled, `hardest` the least
+            distant from the gold, `diverse` those of other verdicts and other results.
+        max_per_row: how many rejects of one row are kept; by default all.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
 
     Returns:
         The source columns of each row, once a kept reject, with `chosen` (`str`, the gold), `rejected` (`str`),
-        `rejected_index` (`int64`, its place in the list) and, where kept, `raw_answer` (`str`, the whole answer). What
-        sampling noted a candidate (`candidate_status`, `generated_tokens`, `generation_seconds`) is left out.
+        `rejected_index` (`int64`, its place in the list); where kept `raw_answer` (`str`, the whole answer), and where
+        verified `verdict`, `verdict_detail` (`str`) and `distance` (`float64`). What else was noted a candidate
+        (`candidate_status`, `generated_tokens`, `generation_seconds`, `result_digest`) or a gold is left out.
 
     Raises:
-        [`UserError`]: on an unknown `dedup` or `dialect`, on missing columns, on `num_proc`.
+        [`UserError`]: on an unknown `dedup`, `dialect`, `select` or verdict, on missing columns, on `num_proc`.
 
     >>> from datasets import Dataset
     >>> rows = Dataset.from_dict({"output": ["SELECT 1"], "rejected": [["SELECT 2", "select 1;", "SELECT  2"]]})
@@ -76,9 +95,19 @@ def explode_rejected(
     """
 
     def explode(part: Dataset) -> Dataset:
-        marked = mark_drops(part, dedup, dialect, cache_dir=cache_dir, **map_kwargs)
+        marked = mark_drops(
+            part,
+            dedup,
+            dialect,
+            keep=keep,
+            select=select,
+            max_per_row=max_per_row,
+            cache_dir=cache_dir,
+            **map_kwargs,
+        )
         features = {name: feature for name, feature in marked.features.items() if name not in (*NOTES, RAW)}
         features |= {CHOSEN: Value("string"), REJECTED: Value("string"), REJECTED_INDEX: Value("int64")}
+        features |= {name: feature for name, feature in EXPLODED.items() if name in marked.column_names}
         if RAW in marked.column_names:
             features |= {RAW_ANSWER: Value("string")}
         return cached_map(
@@ -100,6 +129,9 @@ def mark_drops(
     dedup: str,
     dialect: str,
     *,
+    keep: Collection[str] | None = None,
+    select: str = "first",
+    max_per_row: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **map_kwargs: Any,
 ) -> Dataset:
@@ -107,6 +139,41 @@ def mark_drops(
     if dedup not in DEDUPS:
         raise UserError(f"dedup is {dedup!r}; it must be one of {', '.join(DEDUPS)}.")
     check_dialect(dialect)
+    _check_rejects(dataset)
+    kept = _check_keep(dataset, keep)
+    _check_select(dataset, select, max_per_row)
+
+    def mark(rows: dict[str, list]) -> dict[str, list]:
+        causes = []
+        for row in range(len(rows[OUTPUT])):
+            others = rows[ALTERNATIVES][row] or () if ALTERNATIVES in rows else ()
+            golds = [gold for gold in (rows[OUTPUT][row], *others) if gold]
+            own = (rows[DIALECT][row] if DIALECT in rows else None) or dialect
+            rejects = rows[REJECTED][row] or []
+            found = rows[VERDICT][row] or [] if VERDICT in rows else None
+            if found is not None and len(found) != len(rejects):
+                # concatenate_datasets fills a column that one part lacks with null
+                raise UserError(
+                    f"A row has {len(rejects)} rejects and {len(found)} verdicts; verify_rejected judges all."
+                )
+            causes.append(drop_causes(golds, rejects, dedup, own, found, kept))
+            notes = {name: rows[name][row] for name in (DISTANCE, VERDICT, RESULT_DIGEST) if name in rows}
+            _drop_beyond(causes[-1], select, max_per_row, notes)
+        return {DROP: causes}
+
+    chosen = {"keep": sorted(kept), "select": select, "max_per_row": max_per_row}
+    return cached_map(
+        dataset,
+        mark,
+        step="marked",
+        key={"version": PAIRS_VERSION, "dedup": dedup, "dialect": dialect, **chosen},
+        features=Features({**dataset.features, REJECTED: List(Value("string")), DROP: List(Value("string"))}),
+        cache_dir=cache_dir,
+        map_kwargs={"desc": "Comparing with the gold", **map_kwargs},
+    )
+
+
+def _check_rejects(dataset: Dataset) -> None:
     check_columns(dataset, (OUTPUT, REJECTED), "generate_rejected adds 'rejected', load_sft makes the others.")
     feature = dataset.features[REJECTED]
     if feature in STRINGS:
@@ -120,41 +187,54 @@ def mark_drops(
         for named in set(dataset.unique(DIALECT)) - {None, ""}:
             check_dialect(named)
 
-    def mark(rows: dict[str, list]) -> dict[str, list]:
-        dialects = rows.get(DIALECT) or [None] * len(rows[OUTPUT])
-        return {
-            DROP: [
-                drop_causes(gold or "", rejects or [], dedup, own or dialect)
-                for gold, rejects, own in zip(rows[OUTPUT], rows[REJECTED], dialects, strict=True)
-            ]
-        }
 
-    return cached_map(
-        dataset,
-        mark,
-        step="marked",
-        key={"version": PAIRS_VERSION, "dedup": dedup, "dialect": dialect},
-        features=Features({**dataset.features, REJECTED: List(Value("string")), DROP: List(Value("string"))}),
-        cache_dir=cache_dir,
-        map_kwargs={"desc": "Comparing with the gold", **map_kwargs},
-    )
+def _check_keep(dataset: Dataset, keep: Collection[str] | None) -> Collection[str]:
+    if keep is None:
+        return WRONG
+    kept = (keep,) if isinstance(keep, str) else keep
+    if unknown := sorted(set(kept) - set(VERDICTS)):
+        raise UserError(f"keep has {unknown[0]!r}, which is no verdict; verdicts are {', '.join(VERDICTS)}.")
+    check_columns(dataset, (VERDICT,), "keep= chooses by verdict; verify_rejected adds them.")
+    return kept
 
 
-def drop_causes(gold: str, rejects: Sequence[str], dedup: str, dialect: str) -> list[str]:
-    """Why each reject of one row is not kept, `""` where it is.
+def _check_select(dataset: Dataset, select: str, max_per_row: int | None) -> None:
+    if select not in SELECTS:
+        raise UserError(f"select is {select!r}; it must be one of {', '.join(SELECTS)}.")
+    if max_per_row is None:
+        if select != "first":
+            raise UserError(f"select={select!r} chooses among more rejects than max_per_row, which is not given.")
+    elif max_per_row < 1:
+        raise UserError(f"max_per_row is {max_per_row}; it must be 1 or more.")
+    needed = {"first": (), "hardest": (DISTANCE,), "diverse": (VERDICT, RESULT_DIGEST)}[select]
+    check_columns(dataset, needed, f"select={select!r} needs what verify_rejected adds.")
 
-    >>> drop_causes("SELECT 1", ["SELECT 2", " select 1 ;", "", "SELECT 2"], "exact", "sqlite")
+
+def drop_causes(
+    golds: Sequence[str],
+    rejects: Sequence[str],
+    dedup: str,
+    dialect: str,
+    verdicts: Sequence[str] | None = None,
+    keep: Collection[str] = WRONG,
+) -> list[str]:
+    """Why each reject of one row is not kept, `""` where it is; its verdict where that is why.
+
+    >>> drop_causes(["SELECT 1"], ["SELECT 2", " select 1 ;", "", "SELECT 2"], "exact", "sqlite")
     ['', 'same_as_gold', 'empty', 'duplicate']
     """
     causes = []
     seen: set[str] = set()
-    for reject in rejects:
+    same_texts = {form for gold in golds for form in (gold.strip(), normalize_sql(gold, dialect))}
+    for place, reject in enumerate(rejects):
         text = (reject or "").strip()
         same = {"none": None, "exact": text, "normalized": normalize_sql(text, dialect)}[dedup]
         if not text.rstrip("; \n\t"):
             causes.append(EMPTY)
-        elif text == gold.strip() or normalize_sql(text, dialect) == normalize_sql(gold, dialect):
+        elif text in same_texts or normalize_sql(text, dialect) in same_texts:
             causes.append(SAME_AS_GOLD)
+        elif verdicts is not None and verdicts[place] not in keep:
+            causes.append(verdicts[place])
         elif same in seen:
             causes.append(DUPLICATE)
         else:
@@ -164,8 +244,38 @@ def drop_causes(gold: str, rejects: Sequence[str], dedup: str, dialect: str) -> 
     return causes
 
 
-# What belongs to a candidate or a run and not to a pair.
-NOTES = (STATUS, TOKENS, SECONDS, DROP)
+def _drop_beyond(causes: list[str], select: str, most: int | None, notes: dict[str, list]) -> None:
+    """Mark what is kept beyond the `most` that come first."""
+    kept = [place for place, cause in enumerate(causes) if cause == KEPT]
+    if most is None or len(kept) <= most:
+        return
+    if select == "hardest":
+        kept.sort(key=lambda place: notes[DISTANCE][place])
+    elif select == "diverse":
+        kept = _diverse(kept, notes[VERDICT], notes[RESULT_DIGEST])
+    for place in kept[most:]:
+        causes[place] = NOT_SELECTED
+
+
+def _diverse(places: list[int], found: list[str], digests: list[str]) -> list[int]:
+    """`places` such that each next one's result, then its verdict, is the one seen least before it."""
+    results: Counter[tuple[str, str]] = Counter()
+    kinds: Counter[str] = Counter()
+    ordered = []
+    left = list(places)
+    while left:
+        place = min(left, key=lambda each: (results[found[each], digests[each]], kinds[found[each]], each))
+        left.remove(place)
+        ordered.append(place)
+        results[found[place], digests[place]] += 1
+        kinds[found[place]] += 1
+    return ordered
+
+
+# What belongs to a candidate, a gold or a run, and not to a pair.
+NOTES = (STATUS, TOKENS, SECONDS, RESULT_DIGEST, GOLD_VERDICT, GOLD_DETAIL, DROP)
+# What a pair takes from the lists of its row.
+EXPLODED = {VERDICT: Value("string"), VERDICT_DETAIL: Value("string"), DISTANCE: Value("float64")}
 
 
 def _explode(rows: dict[str, list]) -> dict[str, list]:
@@ -175,6 +285,9 @@ def _explode(rows: dict[str, list]) -> dict[str, list]:
     pairs[CHOSEN] = [rows[OUTPUT][row] for row, _ in kept]
     pairs[REJECTED] = [rows[REJECTED][row][place] for row, place in kept]
     pairs[REJECTED_INDEX] = [place for _, place in kept]
+    for name in EXPLODED:
+        if name in rows:
+            pairs[name] = [rows[name][row][place] for row, place in kept]
     if RAW in rows:
         statuses = rows.get(STATUS) or [[SAMPLED] * len(answers) for answers in rows[RAW]]
         usable = [

@@ -29,32 +29,35 @@ def plan_order(prompt_tokens: Sequence[int], answer_tokens: Sequence[int]) -> li
 
 
 def cut_batches(
-    prompt_tokens: Sequence[int], answer_tokens: Sequence[int], candidates: int, budget: int
+    prompt_tokens: Sequence[int], answer_tokens: Sequence[int], candidates: Sequence[range], budget: int
 ) -> list[list[Part]]:
     """Cut the rows of one page, in their order, into batches of at most `budget` tokens of cache.
 
     A batch costs its sequences times the longest prompt plus the longest expected answer, padding included. Rows are
     kept whole where one fits; the candidates of a row too large for that are divided, down to single ones, which are
-    decoded whatever they cost.
+    decoded whatever they cost. A row that wants no candidates is in no batch.
 
-    >>> [[(part.row, len(part.candidates)) for part in batch] for batch in cut_batches([10, 10, 90], [0, 0, 0], 3, 100)]
+    >>> batches = cut_batches([10, 10, 90], [0, 0, 0], [range(3)] * 3, 100)
+    >>> [[(part.row, len(part.candidates)) for part in batch] for batch in batches]
     [[(0, 3), (1, 3)], [(2, 1)], [(2, 1)], [(2, 1)]]
     """
     batches: list[list[Part]] = []
-    rows: list[int] = []
-    longest_prompt = longest_answer = 0
-    for row, (prompt, answer) in enumerate(zip(prompt_tokens, answer_tokens, strict=True)):
-        together = max(prompt, longest_prompt) + max(answer, longest_answer)
-        if rows and (len(rows) + 1) * candidates * together > budget:
-            batches.append([Part(member, range(candidates)) for member in rows])
-            rows, longest_prompt, longest_answer = [], 0, 0
-        if candidates * (prompt + answer) > budget:
-            at_once = max(1, budget // max(1, prompt + answer))
-            for start in range(0, candidates, at_once):
-                batches.append([Part(row, range(start, min(start + at_once, candidates)))])
+    parts: list[Part] = []
+    sequences = longest_prompt = longest_answer = 0
+    for row, (prompt, answer, wanted) in enumerate(zip(prompt_tokens, answer_tokens, candidates, strict=True)):
+        if not wanted:
             continue
-        rows.append(row)
+        together = max(prompt, longest_prompt) + max(answer, longest_answer)
+        if parts and (sequences + len(wanted)) * together > budget:
+            batches.append(parts)
+            parts, sequences, longest_prompt, longest_answer = [], 0, 0, 0
+        if len(wanted) * (prompt + answer) > budget:
+            at_once = max(1, budget // max(1, prompt + answer))
+            batches += [[Part(row, wanted[start : start + at_once])] for start in range(0, len(wanted), at_once)]
+            continue
+        parts.append(Part(row, wanted))
+        sequences += len(wanted)
         longest_prompt, longest_answer = max(prompt, longest_prompt), max(answer, longest_answer)
-    if rows:
-        batches.append([Part(member, range(candidates)) for member in rows])
+    if parts:
+        batches.append(parts)
     return batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -42,3 +42,13 @@ def wait_for_everyone(cpu: bool = False) -> None:
     """Return once every rank has come here."""
     if world_size() > 1:
         state(cpu).wait_for_everyone()
+
+
+def from_main(value: Any, cpu: bool = False) -> Any:
+    """What rank 0 has as `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    state(cpu)
+    return broadcast_object_list([value])[0]

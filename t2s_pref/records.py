@@ -2,15 +2,15 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from t2s_pref.errors import UserError
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-EXPECTED = "expected objects with the text columns instruction, input and output (the gold SQL)"
-EXPECTED_FILE = f"{EXPECTED}, as a JSON array or one a line"
+AS_A_FILE = "as a JSON array or one a line"
 
 KINDS = {
     str: "a string",
@@ -35,9 +35,10 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where records come from, so that an error can say where to look."""
+    """Where records come from and what they should be, so that an error can say where to look and what for."""
 
     name: str
+    expected: str
     text: str = ""
     offsets: list[int] = field(default_factory=list)  # of each record in `text`; none for a dataset
 
@@ -54,19 +55,44 @@ class Origin:
         return UserError(f"{self.name}: {problem}" if record is None else f"{self.name}: {self.at(record)}: {problem}")
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], Origin]:
-    """The objects in a file of one JSON array or of JSON lines, and where they come from.
+def read_records(path: Path, expected: str) -> tuple[list[dict[str, Any]], Origin]:
+    """The objects in a file of one JSON array or of JSON lines, and where they come from; errors say what is expected.
 
     Raises:
         [`UserError`]: where the file cannot be read, is not UTF-8, is not JSON, or holds anything but objects.
     """
     text = _read_text(path)
-    origin = Origin(str(path), text)
+    origin = Origin(str(path), expected, text)
+    if _skip_blank(text, 0) == len(text):
+        raise UserError(f"{path}: is empty; {expected}, {AS_A_FILE}.")
     lines = path.suffix.lower() in LINES_SUFFIXES or _holds_json_lines(text)
     records = _parse_lines(origin) if lines else _parse_array(origin)
     if not records:
-        raise origin.error(f"holds no records; {EXPECTED}.")
+        raise origin.error(f"holds no records; {expected}.")
     return records, origin
+
+
+def write_records(file: IO[str], records: Iterable[dict[str, Any]], *, lines: bool) -> None:
+    """Write one object a line, or the very text of `json.dump(list(records), file, indent=2)` without the list."""
+    separator = "[\n  "
+    for record in records:
+        if lines:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        else:
+            # A line feed inside a string is written \n, so every real one is indentation.
+            file.write(separator + json.dumps(record, ensure_ascii=False, indent=2).replace("\n", "\n  "))
+            separator = ",\n  "
+    if not lines:
+        file.write("\n]\n")
+
+
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone, as JSON escapes can write it, or `None`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
 
 
 def _read_text(path: Path) -> str:
@@ -87,8 +113,6 @@ def _read_text(path: Path) -> str:
             f"{path}: byte {data[error.start]:#04x} at offset {error.start} (line {line}) is not UTF-8; "
             "re-encode the file as UTF-8, for instance iconv -f <its encoding> -t UTF-8."
         ) from error
-    if _skip_blank(text, 0) == len(text):
-        raise UserError(f"{path}: is empty; {EXPECTED_FILE}.")
     return text
 
 
@@ -124,7 +148,7 @@ def _parse_array(origin: Origin) -> list[dict[str, Any]]:
     text = origin.text
     start = _skip_blank(text, 0)
     if text[start] != "[":
-        raise origin.error(_not_an_array(text, start))
+        raise origin.error(_not_an_array(origin, start))
     records: list[dict[str, Any]] = []
     position = _skip_blank(text, start + 1)
     while text[position : position + 1] != "]":
@@ -144,18 +168,19 @@ def _parse_array(origin: Origin) -> list[dict[str, Any]]:
     return records
 
 
-def _not_an_array(text: str, start: int) -> str:
+def _not_an_array(origin: Origin, start: int) -> str:
+    wanted = f"{origin.expected}, {AS_A_FILE}."
     try:
-        value, _ = json.JSONDecoder().raw_decode(text, start)
+        value, _ = json.JSONDecoder().raw_decode(origin.text, start)
     except (ValueError, RecursionError):
-        return f"starts with {text[start : start + 20]!r}, not with an array; {EXPECTED_FILE}."
+        return f"starts with {origin.text[start : start + 20]!r}, not with an array; {wanted}"
     found = KINDS[type(value)]
     if isinstance(value, dict):
         found += f" with the keys {list(value)[:8]}"
         under = next((key for key, inner in value.items() if isinstance(inner, list)), None)
         if under is not None:
             found += f"; the records seem to be under {under!r}, so save that list alone"
-    return f"is one value, {found}; {EXPECTED_FILE}."
+    return f"is one value, {found}; {wanted}"
 
 
 def _skip_blank(text: str, position: int) -> int:
@@ -192,7 +217,7 @@ def _decode(text: str, position: int, origin: Origin, base: int = 0) -> tuple[di
     except ValueError as error:  # Python's limit on the digits of an integer
         raise origin.error("a number has thousands of digits; write it as a string.", number) from error
     if not isinstance(record, dict):
-        raise origin.error(f"is {KINDS[type(record)]}; {EXPECTED}.", number)
+        raise origin.error(f"is {KINDS[type(record)]}; {origin.expected}.", number)
     return record, end
 
 

@@ -42,7 +42,9 @@ logger = logging.getLogger(__name__)
 
 # Columns that sampling works with, gone from its result. A seed may exceed 64 bits, so it is text.
 PROMPT_IDS, PROMPT_TOKENS, ANSWER_TOKENS, ROW_SEED = "_prompt_ids", "_prompt_tokens", "_answer_tokens", "_row_seed"
+POSITION = "_position"
 WORKING = {
+    POSITION: Value("int64"),
     PROMPT_IDS: List(Value("int32")),
     PROMPT_TOKENS: Value("int64"),
     ANSWER_TOKENS: Value("int64"),
@@ -62,6 +64,8 @@ class RejectSampler:
         self.engine, self.identity, self.settings, self.keep_raw = engine, identity, settings, keep_raw
         self.store: SampleStore | None = None
         self.budget = 0
+        # Which candidates each row gets, by its position; the same for all where nothing says otherwise.
+        self.wanted: list[range] | None = None
 
     def key(self) -> dict[str, Any]:
         """What decides the result beside the dataset."""
@@ -100,6 +104,7 @@ class RejectSampler:
         chats = [messages(dict(zip(names, values, strict=True))) for values in zip(*map(rows.get, names), strict=True)]
         ids = self.engine.encode_chats(chats, self.settings.enable_thinking)
         return {
+            POSITION: positions,
             PROMPT_IDS: ids,
             PROMPT_TOKENS: [len(prompt) for prompt in ids],
             ANSWER_TOKENS: self.engine.count_tokens([gold or "" for gold in rows[OUTPUT]]),
@@ -121,18 +126,20 @@ class RejectSampler:
         """Sample what the store lacks of a page's candidates; the columns of all of them."""
         context = self.engine.context_length or math.inf
         fits = [row for row, length in enumerate(rows[PROMPT_TOKENS]) if length < context]
+        every = range(self.settings.candidates)
+        asked = [every if self.wanted is None else self.wanted[position] for position in rows[POSITION]]
         keys = {
             (row, candidate): record_key(rows[ROW_SEED][row], str(candidate), prompt)
             for row in fits
             for prompt in [array("q", rows[PROMPT_IDS][row]).tobytes()]
-            for candidate in range(self.settings.candidates)
+            for candidate in asked[row]
         }
         records = {of: record for of, key in keys.items() if (record := self.store.get(key)) is not None}
         # Batches are cut before what is known is left out, so that a resumed run decodes what was together together.
         for batch in cut_batches(
             [rows[PROMPT_TOKENS][row] for row in fits],
             [rows[ANSWER_TOKENS][row] for row in fits],
-            self.settings.candidates,
+            [asked[row] for row in fits],
             self.budget,
         ):
             parts = [(fits[part.row], part.candidates) for part in batch]
@@ -141,8 +148,7 @@ class RejectSampler:
                 fresh = self._sample(rows, wanted, context)
                 self.store.append((keys[of], record) for of, record in fresh.items())
                 records.update(fresh)
-        every = range(self.settings.candidates)
-        return self._columns([[records.get((row, c)) for c in every] for row in range(len(rows[PROMPT_IDS]))])
+        return self._columns([[records.get((row, c)) for c in asked[row]] for row in range(len(asked))])
 
     def _sample(
         self, rows: dict[str, list], wanted: dict[int, list[int]], context: float

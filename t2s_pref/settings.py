@@ -1,7 +1,7 @@
 """The sampling settings: the command line, the cache key and the card in one frozen dataclass."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from t2s_pref.errors import UserError
@@ -14,6 +14,8 @@ SAMPLING_VERSION = 1
 DEFAULT_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEDUPS = ("none", "exact", "normalized")
+SELECTS = ("first", "hardest", "diverse")
+TIMEOUT, GOLD_TIMEOUT = 5.0, 30.0  # seconds that a reject and a gold may take
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,6 @@ class SamplingSettings:
         fields = asdict(self)
         del fields["num_rejects"], fields["seed"]
         return fields
+
+
+SAMPLING_DEFAULTS = {field.name: field.default for field in fields(SamplingSettings)}

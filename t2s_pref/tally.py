@@ -2,12 +2,15 @@
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from html import escape
 
 from datasets import Dataset, DatasetDict
 
+from t2s_pref import verdicts
 from t2s_pref.columns import (
+    GOLD_VERDICT,
     NO_SQL,
     PROMPT_TOO_LONG,
     SAMPLED,
@@ -15,19 +18,52 @@ from t2s_pref.columns import (
     STATUS,
     TOKENS,
     TRUNCATED,
+    VERDICT,
     each_split,
 )
-from t2s_pref.pairs import DROP, DUPLICATE, EMPTY, KEPT, SAME_AS_GOLD, mark_drops
+from t2s_pref.pairs import DROP, DUPLICATE, EMPTY, KEPT, NOT_SELECTED, SAME_AS_GOLD, mark_drops
 
-# Each cause in plain words, and the setting that changes it.
+_GOLD = "look at the golds (t2s-pref audit)"
+_LIMIT = "raise --timeout"
+_POLICY = "only single queries are run"
+
+# Each cause in plain words, and the setting that changes it. A verdict that is kept is none.
 CAUSES = {
     TRUNCATED: ("reached the length cap", "raise --max-new-tokens"),
     PROMPT_TOO_LONG: ("prompt longer than the context", "shorten the schemas or use a model with a longer context"),
     NO_SQL: ("no SQL in the answer", "look at the answers (keep_raw); is this an instruct or fine-tuned model?"),
     EMPTY: ("empty", "look at the answers (keep_raw)"),
     SAME_AS_GOLD: ("the gold again", "raise --temperature or --num-rejects"),
+    verdicts.SAME_TEXT: ("right by its text", "raise --temperature"),
+    verdicts.SAME_AST: ("right by its text", "raise --temperature"),
+    verdicts.EQUIVALENT: ("right by its result", "raise --temperature"),
+    verdicts.AMBIGUOUS: ("perhaps right", "see verdict_detail"),
+    verdicts.WEAK: ("too little in the result to tell", "add data, or instances of the databases"),
+    verdicts.NOT_SQL: ("no SQL", "look at the answers (keep_raw)"),
+    verdicts.BLOCKED: ("writes, or asks for what is not allowed", _POLICY),
+    verdicts.MULTI_STATEMENT: ("several statements", _POLICY),
+    verdicts.TIMEOUT: ("took too long", _LIMIT),
+    verdicts.RESOURCE: ("took too much memory or too many rows", "see verdict_detail"),
+    verdicts.WORKER_DIED: ("its process died", "see verdict_detail"),
+    verdicts.UNVERIFIED: ("gold proves nothing", _GOLD),
+    verdicts.WRONG_RESULT: ("proven wrong by its result", "add wrong_result to keep"),
+    verdicts.SYNTAX_ERROR: ("proven wrong: syntax error", "add syntax_error to keep"),
+    verdicts.MISSING_TABLE: ("proven wrong: no such table", "add missing_table to keep"),
+    verdicts.MISSING_COLUMN: ("proven wrong: no such column", "add missing_column to keep"),
+    verdicts.MISSING_FUNCTION: ("proven wrong: no such function", "add missing_function to keep"),
+    verdicts.OTHER_ERROR: ("proven wrong: another error", "add other_error to keep"),
     DUPLICATE: ("duplicate in its row", "raise --temperature or --top-p"),
+    NOT_SELECTED: ("more than --max-per-row", "raise --max-per-row"),
+    verdicts.GOLD_ERROR: ("gold fails", _GOLD),
+    verdicts.GOLD_TIMEOUT: ("gold takes too long", "raise --gold-timeout"),
+    verdicts.GOLD_TRUNCATED: ("gold returns too much", _GOLD),
+    verdicts.GOLD_NONDETERMINISTIC: ("gold is not determined by the data", _GOLD),
+    verdicts.NO_DATABASE: ("no database", "see --databases"),
 }
+
+# Of rows without a pair: every candidate is right, whatever shows it.
+MASTERED = "mastered"
+CAUSES[MASTERED] = ("mastered: every candidate is right", "there is nothing to learn from them at this temperature")
 
 UNPROVEN = "A reject differs from the gold as text; none of them was executed or proven wrong."
 
@@ -41,7 +77,9 @@ class Summary:
 
     `rows` and `candidates` were asked for, `pairs` kept; `drops` counts the other candidates by cause, so that
     `pairs + sum(drops.values()) == candidates`. `rows_without_pair` counts rows by the causes that left them without.
-    `tokens` were generated in `seconds` of decoding, by one process each.
+    Where the rejects were verified, `verdicts` counts them by verdict, `golds` the rows by that of their gold, and
+    `mastered` the rows all of whose candidates are right. `tokens` were generated in `seconds` of decoding, by one
+    process each.
     """
 
     rows: int
@@ -49,6 +87,9 @@ class Summary:
     pairs: int
     drops: dict[str, int]
     rows_without_pair: dict[tuple[str, ...], int]
+    verdicts: dict[str, int] = field(default_factory=dict)
+    golds: dict[str, int] = field(default_factory=dict)
+    mastered: int = 0
     tokens: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -68,8 +109,24 @@ class Summary:
         for causes, count in sorted(self.rows_without_pair.items(), key=lambda item: (-item[1], item[0])):
             words = " + ".join(CAUSES[cause][0] for cause in causes) or "no candidates"
             table.append((f"  by cause: {words}", f"{count:,}", _share(count, self.rows)))
+        if self.golds:
+            proof = sum(self.golds.get(verdict, 0) for verdict in verdicts.GOLD_USABLE)
+            table.append(("rows whose gold can prove something", f"{proof:,}", _share(proof, self.rows)))
+            table += [
+                (f"  not: {CAUSES[verdict][0]}", f"{count:,}", _share(count, self.rows))
+                for verdict, count in self.golds.items()
+                if verdict not in verdicts.GOLD_USABLE
+            ]
+        if self.verdicts:
+            table.append(("verdicts", f"{sum(self.verdicts.values()):,}", ""))
+            table += [
+                (f"  {verdict}", f"{count:,}", _share(count, sum(self.verdicts.values())))
+                for verdict, count in self.verdicts.items()
+            ]
         if self.tokens:
             table.append(("tokens generated", f"{self.tokens:,}", ""))
+        if self.tokens and self.verdicts:
+            table.append(("proven pairs for 1,000 tokens", f"{1000 * self.pairs / self.tokens:,.1f}", ""))
         if self.seconds:
             table.append(("tokens a second, a process", f"{self.tokens / self.seconds:,.0f}", ""))
         return table
@@ -104,53 +161,88 @@ def summary(
     dedup: str = "none",
     dialect: str = "sqlite",
     *,
+    keep: Collection[str] | None = None,
+    select: str = "first",
+    max_per_row: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Summary:
     """Count what became of every candidate of a run.
 
     Args:
-        dataset: what `generate_rejected` returned; columns read: `output`, `rejected`, and where present
-            `candidate_status`, `generated_tokens` and `generation_seconds`.
-        dedup, dialect: as given to `explode_rejected`, whose drops are counted.
+        dataset: what `generate_rejected` or `verify_rejected` returned; columns read: `output`, `rejected`, and where
+            present `alternatives`, `candidate_status`, `generated_tokens`, `generation_seconds`, `verdict` and
+            `gold_verdict`.
+        dedup, dialect, keep, select, max_per_row: as given to `explode_rejected`, whose drops are counted.
     """
     parts: list[Summary] = []
+    chosen = {"keep": keep, "select": select, "max_per_row": max_per_row}
 
     def count(part: Dataset) -> Dataset:
-        parts.append(_count(mark_drops(part, dedup, dialect, cache_dir=cache_dir)))
+        parts.append(_count(mark_drops(part, dedup, dialect, **chosen, cache_dir=cache_dir)))
         return part
 
     each_split(dataset, count)
+    added = {
+        name: dict(sum((Counter(getattr(part, name)) for part in parts), Counter()))
+        for name in ("drops", "rows_without_pair", "verdicts", "golds")
+    }
     return Summary(
-        rows=sum(part.rows for part in parts),
-        candidates=sum(part.candidates for part in parts),
-        pairs=sum(part.pairs for part in parts),
-        drops=dict(sum((Counter(part.drops) for part in parts), Counter())),
-        rows_without_pair=dict(sum((Counter(part.rows_without_pair) for part in parts), Counter())),
+        **{name: sum(getattr(part, name) for part in parts) for name in ("rows", "candidates", "pairs", "mastered")},
+        **{name: _in_order(counts) if name in ("verdicts", "golds") else counts for name, counts in added.items()},
         tokens=sum(part.tokens for part in parts),
         seconds=sum(part.seconds for part in parts),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
     )
 
 
+def _in_order(counts: dict[str, int]) -> dict[str, int]:
+    order = (*verdicts.VERDICTS, *verdicts.GOLD_VERDICTS)
+    return {verdict: counts[verdict] for verdict in order if verdict in counts}
+
+
 def _count(marked: Dataset) -> Summary:
     noted = STATUS in marked.column_names
     drops: Counter[str] = Counter()
     without: Counter[tuple[str, ...]] = Counter()
-    pairs = candidates = tokens = 0
+    found: Counter[str] = Counter()
+    golds: Counter[str] = Counter()
+    pairs = candidates = tokens = mastered = 0
     seconds = 0.0
-    columns = [DROP, *(name for name in (STATUS, TOKENS, SECONDS) if name in marked.column_names)]
+    wanted = (STATUS, TOKENS, SECONDS, VERDICT, GOLD_VERDICT)
+    columns = [DROP, *(name for name in wanted if name in marked.column_names)]
     for row in marked.select_columns(columns):
         lost = [status for status in row[STATUS] if status != SAMPLED] if noted else []
+        of_row = row.get(VERDICT) or []
+        is_mastered = bool(of_row) and not lost and set(of_row) <= set(verdicts.RIGHT)
+        mastered += is_mastered
         lost += [cause for cause in row[DROP] if cause != KEPT]
         kept = row[DROP].count(KEPT)
         pairs, candidates = pairs + kept, candidates + kept + len(lost)
         drops.update(lost)
+        found.update(of_row)
+        if gold := row.get(GOLD_VERDICT):
+            golds[gold] += 1
+            if gold not in verdicts.GOLD_USABLE:
+                lost = [gold]
         if not kept:
-            without[tuple(sorted(set(lost)))] += 1
+            without[(MASTERED,) if is_mastered else tuple(sorted(set(lost)))] += 1
         tokens += sum(row.get(TOKENS) or ())
         seconds += row.get(SECONDS) or 0.0
-    notes = (*marked.info.description.splitlines(), UNPROVEN)
-    return Summary(len(marked), candidates, pairs, dict(drops), dict(without), tokens, seconds, notes)
+    verified = VERDICT in marked.column_names
+    notes = (*marked.info.description.splitlines(), *(() if verified else (UNPROVEN,)))
+    return Summary(
+        rows=len(marked),
+        candidates=candidates,
+        pairs=pairs,
+        drops=dict(drops),
+        rows_without_pair=dict(without),
+        verdicts=dict(found),
+        golds=dict(golds),
+        mastered=mastered,
+        tokens=tokens,
+        seconds=seconds,
+        notes=notes,
+    )
 
 
 def _share(count: int, of: int) -> str:

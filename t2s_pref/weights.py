@@ -117,19 +117,28 @@ def content_hash(folder: Path, memo: Path) -> str:
         for file in folder.iterdir()
         if file.is_file() and not file.name.startswith(".") and not file.name.startswith(NOT_WEIGHTS)
     )
-    known = _read_memo(memo)
-    fresh: dict[str, str] = {}
+    hashes = remembered_hashes(files, memo)
     total = xxhash.xxh3_128()
+    for file in files:
+        total.update(f"{file.name}\0{hashes[file]}\n".encode())
+    return total.hexdigest()
+
+
+def remembered_hashes(files: Iterable[Path], memo: Path | None) -> dict[Path, str]:
+    """The hash of each file's bytes; one that `memo` knows by path, size and modification time is not read again."""
+    known = _read_memo(memo) if memo else {}
+    fresh: dict[str, str] = {}
+    hashes: dict[Path, str] = {}
     for file in files:
         status = file.stat()
         key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         if key not in known:
             fresh[key] = known[key] = hash_file(file)
-        total.update(f"{file.name}\0{known[key]}\n".encode())
-    if fresh:
+        hashes[file] = known[key]
+    if fresh and memo:
         with atomic_write(memo) as out:
             json.dump({**_read_memo(memo), **fresh}, out, indent=0)
-    return total.hexdigest()
+    return hashes
 
 
 def _read_memo(memo: Path) -> dict[str, str]:

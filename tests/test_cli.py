@@ -11,7 +11,7 @@ from t2s_pref import demo_files, load_sft
 from t2s_pref.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
-MODEL, TRAIN = demo_files().model, demo_files().train
+MODEL, TRAIN, DATABASES = demo_files().model, demo_files().train, demo_files().databases
 
 
 def t2s_pref(*arguments, **kwargs):
@@ -33,11 +33,13 @@ def reject(sft, output, *more):
     return ["reject", *map(str, [*common, "--cache-dir", sft.parent / "cache", *more])]
 
 
-def options(parser):
+def options(parser, *names):
+    """The options of these commands, or of all but the demo; what one has, the first that has it decides."""
     (commands,) = (action for action in parser._actions if action.dest == "command")
     return {
         action.option_strings[-1]: action
-        for action in commands.choices["reject"]._actions
+        for name in reversed(names or ("reject", "verify", "audit", "evaluate"))
+        for action in commands.choices[name]._actions
         if action.option_strings and action.dest != "help"
     }
 
@@ -95,8 +97,11 @@ def test_the_commands_in_the_readme_are_understood():
 
 
 def test_help_names_every_command_and_option():
-    shown = t2s_pref("--help").stdout + t2s_pref("reject", "--help").stdout
-    assert all(name in shown for name in ["reject", "demo", *options(build_parser())])
+    shown = t2s_pref("--help").stdout
+    assert all(name in shown for name in ["reject", "verify", "audit", "evaluate", "demo"])
+    for command in ("reject", "verify", "audit", "evaluate"):
+        shown = t2s_pref(command, "--help").stdout
+        assert all(name in shown for name in options(build_parser(), command))
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------
@@ -146,6 +151,89 @@ def test_an_absent_adapter_is_warned_about_and_the_run_goes_on(sft, tmp_path):
     assert "was absent" in done.stdout
 
 
+# -- with databases --------------------------------------------------------------------------------------------------
+
+
+def commands_of(sft, tmp_path, command, *more):
+    """A run of one of the other commands on the bundled files."""
+    common = ["--databases", DATABASES, "--cache-dir", sft.parent / "cache"]
+    given = {
+        "verify": ["--data", sft.parent / "pairs.json", "--output", tmp_path / "clean.json"],
+        "audit": ["--sft-data", sft],
+        "evaluate": ["--base-model", MODEL, "--sft-data", sft, "--max-new-tokens", 64, "--num-rejects", 2],
+    }
+    return [command, *map(str, [*given[command], *common, *more])]
+
+
+def pairs_of(sft):
+    """A file of pairs beside the SFT file: one proven wrong, one poisoned."""
+    row = json.loads(sft.read_text(encoding="utf-8"))[0]
+    pair = {"instruction": row["instruction"], "input": row["input"], "chosen": row["output"], "db_id": row["db_id"]}
+    poisoned = f"SELECT * FROM ({row['output'].rstrip(';')})"
+    pairs = [{**pair, "rejected": "SELECT nothing FROM nowhere"}, {**pair, "rejected": poisoned}]
+    path = sft.parent / "pairs.json"
+    path.write_text(json.dumps(pairs), encoding="utf-8")
+    return pairs
+
+
+def test_reject_with_databases_writes_only_what_is_proven_wrong(sft, tmp_path):
+    proven = ["--databases", DATABASES, "--num-rejects", 2, "--max-candidates", 6]
+    done = t2s_pref(*reject(sft, tmp_path / "dpo.json", *proven))
+    assert done.returncode == 0, done.stderr
+    assert "verify_rejected: SQLite" in done.stdout
+    assert "none of them was executed" not in done.stdout
+    pairs = json.loads((tmp_path / "dpo.json").read_text(encoding="utf-8"))
+    assert pairs
+    report = tmp_path / "report.json"
+    again = ["--data", tmp_path / "dpo.json", "--output", tmp_path / "again.json", "--databases", DATABASES]
+    done = t2s_pref("verify", *again, "--report", report, "--cache-dir", tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == pairs
+    assert json.loads(report.read_text())["poisoned"] == 0
+
+
+def test_verify_writes_the_clean_file_and_a_report_of_what_was_poisoned(sft, tmp_path):
+    pairs = pairs_of(sft)
+    done = t2s_pref(*commands_of(sft, tmp_path, "verify", "--report", tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "clean.json").read_text(encoding="utf-8")) == pairs[:1]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert (report["pairs"], report["kept"], report["poisoned"]) == (2, 1, 1)
+    assert [each["rejected"] for each in report["dropped"]] == [pairs[1]["rejected"]]
+    assert re.search(r"poisoned: the rejected SQL is right +1 +50.0 %", done.stdout)
+
+
+def test_verify_that_leaves_nothing_is_an_error_and_still_writes_the_report(sft, tmp_path):
+    pairs = pairs_of(sft)
+    (sft.parent / "pairs.json").write_text(json.dumps(pairs[1:]), encoding="utf-8")
+    done = t2s_pref(*commands_of(sft, tmp_path, "verify", "--report", tmp_path / "report.json"))
+    assert done.returncode == 2
+    assert "No pair" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "clean.json").exists()
+    assert json.loads((tmp_path / "report.json").read_text())["poisoned"] == 1
+
+
+def test_audit_prints_a_table_and_writes_json(sft, tmp_path):
+    rows = json.loads(sft.read_text(encoding="utf-8"))
+    rows[4]["output"] = "SELECT nothing FROM absent"
+    sft.write_text(json.dumps(rows), encoding="utf-8")
+    done = t2s_pref(*commands_of(sft, tmp_path, "audit", "--report", tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"row 4 \(\w+\): gold_error: no such table: absent\n +SELECT nothing FROM absent", done.stdout)
+    (finding,) = json.loads((tmp_path / "report.json").read_text())["findings"]
+    assert (finding["row"], finding["detail"]) == (4, "no such table: absent")
+
+
+def test_evaluate_prints_three_measures_and_writes_json(sft, tmp_path):
+    done = t2s_pref(*commands_of(sft, tmp_path, "evaluate", "--report", tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rows +strict +bird +spider", done.stdout)
+    assert re.search(r"all databases +12  greedy +[\d.]+ % +[\d.]+ % +[\d.]+ %", done.stdout)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["accuracy"]) == {"greedy", "pass@1", "pass@2"}
+    assert sum(report["verdicts"].values()) == report["rows"][""] == 12
+
+
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +252,14 @@ def test_an_absent_adapter_is_warned_about_and_the_run_goes_on(sft, tmp_path):
         (["--dialect", "klingon"], "klingon"),
         (["--adapter-path", "./none", "--strict-adapter"], "./none"),
         (["--temperature", "warm"], "--temperature"),
+        (["--databases", "no/such/folder"], "no/such/folder"),
+        (["--max-candidates", "9"], "--max-candidates needs --databases"),
+        (["--keep", "timeout"], "--keep needs --databases"),
+        (["--select", "hardest", "--max-per-row", "1"], "--select hardest needs --databases"),
+        (["--keep", "wrong", "--databases", DATABASES], "wrong"),
+        (["--max-candidates", "0", "--databases", DATABASES], "max_candidates is 0"),
+        (["--timeout", "0", "--databases", DATABASES], "timeout is 0"),
+        (["--workers", "0", "--databases", DATABASES], "workers is 0"),
     ],
 )
 def test_a_mistake_is_one_line_without_a_traceback_and_a_non_zero_code(sft, tmp_path, more, message):
@@ -172,6 +268,50 @@ def test_a_mistake_is_one_line_without_a_traceback_and_a_non_zero_code(sft, tmp_
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "dpo.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("verify", ["--data", "absent.json"], "absent.json"),
+        ("verify", ["--databases", "nowhere"], "nowhere"),
+        ("verify", ["--output", "clean.csv"], ".jsonl"),
+        ("audit", ["--sft-data", "absent.json"], "absent.json"),
+        ("audit", ["--databases", "mysql://user:secret@127.0.0.1:1/x"], "cannot be reached"),
+        ("audit", ["--gold-timeout", "-1"], "gold_timeout is -1"),
+        ("evaluate", ["--base-model", "./no/model"], "does not exist"),
+        ("evaluate", ["--databases", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_in_the_other_commands_is_one_line_too(sft, tmp_path, command, more, message):
+    pairs_of(sft)
+    done = t2s_pref(*commands_of(sft, tmp_path, command, "--report", tmp_path / "report.json", *more))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+    assert not (tmp_path / "report.json").exists()
+    assert not (tmp_path / "clean.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "target"),
+    [
+        *(
+            ("verify", "--output", "pairs.json"),
+            ("verify", "--report", "pairs.json"),
+            ("verify", "--report", "clean.json"),
+        ),
+        *(("audit", "--report", "sft.json"), ("evaluate", "--report", "sft.json")),
+    ],
+)
+def test_no_command_writes_over_what_it_reads_or_twice_into_one_file(sft, tmp_path, command, option, target):
+    pairs_of(sft)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    done = t2s_pref(*commands_of(sft, tmp_path, command, option, f"{tmp_path}/./{target}"))
+    assert done.returncode == 2
+    assert "would be overwritten" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_sampling(sft, tmp_path):

@@ -9,13 +9,15 @@ import datasets
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import t2s_pref
 from t2s_pref import UserError, explode_rejected
 from t2s_pref.pairs import drop_causes, mark_drops
 from t2s_pref.sql import normalize_sql
+from t2s_pref.verdicts import VERDICTS
+from t2s_pref.verdicts import WRONG as PROVEN_WRONG
 
 GOLD = "SELECT name FROM singer WHERE age > 20"
 WRONG = "SELECT age FROM singer"
@@ -188,7 +190,7 @@ TEXTS = st.one_of(st.lists(PIECES, max_size=8).map("".join), st.none())
 @given(TEXTS, st.lists(TEXTS, max_size=6), st.sampled_from(["none", "exact", "normalized"]))
 @settings(max_examples=300, deadline=None)
 def test_whatever_the_texts_no_kept_reject_is_empty_or_equal_to_the_gold_or_to_a_kept_one(gold, rejects, dedup):
-    causes = drop_causes(gold or "", rejects, dedup, "sqlite")
+    causes = drop_causes([gold or ""], rejects, dedup, "sqlite")
     assert len(causes) == len(rejects)
     kept = [reject for reject, cause in zip(rejects, causes, strict=True) if not cause]
     same = {"none": id, "exact": str.strip, "normalized": normalize_sql}[dedup]
@@ -210,7 +212,7 @@ def test_whatever_the_rejects_the_pairs_are_the_kept_ones_in_order(tmp_path, rej
         (number, place, reject)
         for number, rejects in enumerate(rejected)
         for place, reject in enumerate(rejects)
-        if not drop_causes(gold, rejects, dedup, "sqlite")[place]
+        if not drop_causes([gold], rejects, dedup, "sqlite")[place]
     ]
     pairs = exploded(rows, tmp_path, dedup)
     assert list(zip(*(pairs[name][:] for name in ("number", "rejected_index", "rejected")), strict=True)) == wanted
@@ -416,3 +418,226 @@ def test_how_rows_are_written_does_not_change_the_key(cache_dir):
 def test_marks_say_why_each_reject_is_not_kept(cache_dir):
     marked = mark_drops(table([GOLD, "", WRONG, WRONG], []), "exact", "sqlite", cache_dir=cache_dir)
     assert marked["drop_cause"][:] == [["same_as_gold", "empty", "", "duplicate"], []]
+
+
+# -- verified rejects ------------------------------------------------------------------------------------------------
+
+
+def verified(*found, **more):
+    """One row whose rejects have these (verdict, digest, distance)."""
+    verdicts, digests, distances = zip(*found, strict=True)
+    return Dataset.from_dict(
+        {
+            "output": ["SELECT 0"],
+            "rejected": [[f"SELECT {number}" for number in range(1, len(found) + 1)]],
+            "verdict": [list(verdicts)],
+            "verdict_detail": [["why"] * len(found)],
+            "result_digest": [list(digests)],
+            "distance": [list(distances)],
+            "gold_verdict": ["ok"],
+            "gold_detail": [""],
+            **more,
+        }
+    )
+
+
+ROW = (
+    ("equivalent", "g", 0.1),
+    ("wrong_result", "a", 0.5),
+    ("wrong_result", "a", 0.2),
+    ("timeout", "", 0.3),
+    ("missing_table", "", 0.9),
+    ("wrong_result", "b", 0.4),
+    ("ambiguous", "c", 0.2),
+)
+
+
+def kept(cache_dir, *found, **kwargs):
+    return explode_rejected(verified(*(found or ROW)), cache_dir=cache_dir, **kwargs)["rejected_index"][:]
+
+
+def test_only_what_is_proven_wrong_is_kept_unless_other_verdicts_are_asked_for(cache_dir):
+    assert kept(cache_dir) == kept(cache_dir, keep=PROVEN_WRONG) == [1, 2, 4, 5]
+    assert kept(cache_dir, keep=["timeout", "missing_table"]) == [3, 4]
+    assert kept(cache_dir, keep="ambiguous") == [6]
+    assert kept(cache_dir, keep=[]) == []
+
+
+def test_pairs_have_their_verdict_and_distance_and_no_column_of_the_row(cache_dir):
+    pairs = explode_rejected(verified(*ROW), cache_dir=cache_dir)
+    assert pairs.column_names == [
+        *("output", "rejected", "verdict", "verdict_detail", "distance", "chosen", "rejected_index")
+    ]
+    assert pairs["verdict"][:] == ["wrong_result", "wrong_result", "missing_table", "wrong_result"]
+    assert pairs["distance"][:] == [0.5, 0.2, 0.9, 0.4]
+
+
+def test_the_nearest_or_the_most_diverse_come_first_where_only_some_are_kept(cache_dir):
+    assert kept(cache_dir, max_per_row=2) == [1, 2]
+    assert kept(cache_dir, max_per_row=2, select="hardest") == [2, 5]
+    assert kept(cache_dir, max_per_row=2, select="diverse") == [1, 4]  # another verdict
+    assert kept(cache_dir, max_per_row=3, select="diverse") == [1, 4, 5]  # another result
+    assert kept(cache_dir, max_per_row=9, select="diverse") == [1, 2, 4, 5]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(VERDICTS), st.sampled_from("abc"), st.floats(0, 1)), min_size=1, max_size=8),
+    st.sampled_from(["first", "hardest", "diverse"]),
+    st.integers(1, 4),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_selected_it_is_proven_and_no_more_than_asked_for(cache_dir, found, select, most):
+    pairs = explode_rejected(verified(*found), select=select, max_per_row=most, cache_dir=cache_dir)
+    proven = sum(verdict in PROVEN_WRONG for verdict, _, _ in found)
+    assert len(pairs) == min(most, proven)
+    assert set(pairs["verdict"]) <= set(PROVEN_WRONG)
+    if select == "hardest" and len(pairs):
+        left = sorted(distance for verdict, _, distance in found if verdict in PROVEN_WRONG)
+        assert sorted(pairs["distance"]) == left[:most]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": ["wrong"]}, "keep has 'wrong', which is no verdict"),
+        ({"select": "best", "max_per_row": 1}, "select is 'best'; it must be one of first, hardest, diverse"),
+        ({"select": "hardest"}, "max_per_row, which is not given"),
+        ({"max_per_row": 0}, "max_per_row is 0"),
+    ],
+)
+def test_a_choice_that_makes_no_sense_is_refused(cache_dir, arguments, message):
+    with pytest.raises(UserError, match=message):
+        explode_rejected(verified(*ROW), cache_dir=cache_dir, **arguments)
+
+
+def test_choices_that_need_verdicts_say_who_adds_them(cache_dir):
+    bare = Dataset.from_dict({"output": ["SELECT 0"], "rejected": [["SELECT 1"]]})
+    for arguments in (
+        {"keep": PROVEN_WRONG},
+        {"select": "hardest", "max_per_row": 1},
+        {"select": "diverse", "max_per_row": 1},
+    ):
+        with pytest.raises(UserError, match="verify_rejected"):
+            explode_rejected(bare, cache_dir=cache_dir, **arguments)
+
+
+def test_another_accepted_gold_is_never_a_reject(cache_dir):
+    rows = verified(("wrong_result", "a", 0.1), ("wrong_result", "b", 0.1), alternatives=[["select  2"]])
+    assert explode_rejected(rows, cache_dir=cache_dir)["rejected"][:] == ["SELECT 1"]
+
+
+def many(*rows, **more):
+    """Rows whose rejects have these (verdict, digest, distance)."""
+    parts = [verified(*row, **more) for row in rows]
+    return datasets.concatenate_datasets(parts)
+
+
+FOUND = st.tuples(st.sampled_from(VERDICTS), st.sampled_from("abc"), st.floats(0, 1))
+CHOICES = {
+    "dedup": st.sampled_from(["none", "exact", "normalized"]),
+    "select": st.sampled_from(["first", "hardest", "diverse"]),
+    "max_per_row": st.integers(1, 4),
+}
+
+
+@given(st.lists(st.lists(FOUND, min_size=1, max_size=6), min_size=1, max_size=4), st.fixed_dictionaries(CHOICES))
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_the_arguments_what_may_be_right_is_no_pair(cache_dir, rows, choices):
+    pairs = explode_rejected(many(*rows), cache_dir=cache_dir, **choices)
+    assert set(pairs["verdict"]) <= set(PROVEN_WRONG)
+    assert len(pairs) == sum(min(choices["max_per_row"], sum(each[0] in PROVEN_WRONG for each in row)) for row in rows)
+
+
+@given(st.lists(FOUND, min_size=1, max_size=6), st.sets(st.sampled_from(VERDICTS)))
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_exactly_what_is_asked_for_is_kept(cache_dir, found, keep):
+    pairs = explode_rejected(verified(*found), keep=keep, cache_dir=cache_dir)
+    assert pairs["rejected_index"][:] == [place for place, each in enumerate(found) if each[0] in keep]
+
+
+@given(st.lists(st.sampled_from(VERDICTS), max_size=6), st.sets(st.sampled_from(VERDICTS)))
+@settings(deadline=None, max_examples=200)
+def test_what_equals_a_gold_as_text_is_never_kept_whatever_its_verdict(found, keep):
+    golds = ["SELECT a FROM t", "SELECT b FROM t"]
+    texts = [*golds, "select a from T;", "```sql\nSELECT b FROM t\n```", "", None][: len(found)]
+    causes = drop_causes(golds, texts, "none", "sqlite", found, keep)
+    assert set(causes) <= {"same_as_gold", "empty"}
+
+
+OF_FEW_KINDS = st.tuples(st.sampled_from(PROVEN_WRONG[:3]), st.sampled_from("abc"), st.just(0.5))
+
+
+@given(st.lists(OF_FEW_KINDS, min_size=1, max_size=8), st.integers(1, 5))
+@example([("wrong_result", "a", 0.5), ("wrong_result", "b", 0.5), ("missing_table", "", 0.5)], 2)
+@example([("wrong_result", "a", 0.5), ("wrong_result", "a", 0.5), ("wrong_result", "b", 0.5)], 2)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_diverse_means_as_many_verdicts_and_as_many_results_as_can_be(cache_dir, found, most):
+    rows = verified(*found)
+    pairs = explode_rejected(rows, select="diverse", max_per_row=most, cache_dir=cache_dir)
+    chosen = [found[place] for place in pairs["rejected_index"]]
+    assert len({verdict for verdict, _, _ in chosen}) == min(most, len({verdict for verdict, _, _ in found}))
+    results = {(verdict, digest) for verdict, digest, _ in found}
+    assert len({(verdict, digest) for verdict, digest, _ in chosen}) == min(most, len(results))
+    assert pairs["rejected_index"][:] == sorted(pairs["rejected_index"])
+
+
+def test_of_rejects_equally_far_the_first_is_the_hardest(cache_dir):
+    found = [("wrong_result", "a", 0.5)] * 3
+    assert kept(cache_dir, *found, select="hardest", max_per_row=2) == [0, 1]
+
+
+def test_duplicates_do_not_count_among_those_that_are_kept(cache_dir):
+    rows = verified(*[("wrong_result", "a", 0.5)] * 4)
+    rows = rows.remove_columns("rejected").add_column("rejected", [["SELECT 1", "select 1", "SELECT 2", "SELECT 3"]])
+    pairs = explode_rejected(rows, "normalized", max_per_row=2, cache_dir=cache_dir)
+    assert pairs["rejected_index"][:] == [0, 2]
+
+
+def test_max_per_row_needs_no_verdicts_and_counts_each_row_for_itself(cache_dir):
+    rows = table(["SELECT 1", "SELECT 2", "SELECT 3"], [GOLD, "SELECT 4"], [])
+    assert exploded(rows, cache_dir, max_per_row=1)["rejected"][:] == ["SELECT 1", "SELECT 4"]
+
+
+def test_what_verification_adds_to_a_pair_has_its_type_with_and_without_pairs(cache_dir):
+    types = {"verdict": Value("string"), "verdict_detail": Value("string"), "distance": Value("float64")}
+    for rows in (verified(*ROW), verified(("equivalent", "", 0.0)), verified(*ROW).select([])):
+        pairs = explode_rejected(rows, cache_dir=cache_dir)
+        assert {name: pairs.features[name] for name in types} == types
+        assert not {"result_digest", "gold_verdict", "gold_detail", "drop_cause"} & set(pairs.column_names)
+
+
+def test_choices_are_part_of_the_key_but_not_how_they_are_written(cache_dir):
+    rows = verified(*ROW)
+    given = [
+        *({}, {"keep": PROVEN_WRONG}, {"keep": list(reversed(PROVEN_WRONG))}, {"keep": set(PROVEN_WRONG)}),
+        *({"keep": "timeout"}, {"max_per_row": 1}, {"max_per_row": 1, "select": "hardest"}, {"max_per_row": 2}),
+    ]
+    marks = [explode_rejected(rows, cache_dir=cache_dir, **choice)._fingerprint for choice in given]
+    assert len(set(marks[:4])) == 1
+    assert len(set(marks)) == 5
+
+
+def test_verified_splits_are_exploded_each(cache_dir):
+    both = explode_rejected(DatasetDict(train=verified(*ROW), test=verified(ROW[0])), cache_dir=cache_dir)
+    assert {name: part["verdict"][:] for name, part in both.items()} == {
+        "train": ["wrong_result", "wrong_result", "missing_table", "wrong_result"],
+        "test": [],
+    }
+
+
+def test_rows_that_were_not_verified_among_those_that_were_are_refused(refusal):
+    # concatenate_datasets fills columns that one part lacks with null
+    mixed = datasets.concatenate_datasets([verified(*ROW), table(["SELECT 8", "SELECT 9"])])
+    assert mixed["verdict"][1] is None
+    assert "2 rejects and 0 verdicts" in refusal(mixed)
+
+
+def test_verdicts_that_do_not_match_the_rejects_one_by_one_are_refused(refusal):
+    short = verified(*ROW).remove_columns("rejected").add_column("rejected", [["SELECT 1"] * (len(ROW) + 1)])
+    assert "verdict" in refusal(short)
+
+
+def test_alternatives_that_are_null_or_empty_are_none(cache_dir):
+    for nothing in (None, [], [None], ["", None]):
+        rows = table([WRONG], alternatives=[nothing])
+        assert exploded(rows, cache_dir)["rejected"][:] == [WRONG]

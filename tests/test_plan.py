@@ -13,7 +13,7 @@ BUDGET = st.integers(1, 3000)
 
 
 def cut(lengths, candidates, budget):
-    return cut_batches([p for p, _ in lengths], [a for _, a in lengths], candidates, budget)
+    return cut_batches([p for p, _ in lengths], [a for _, a in lengths], [range(candidates)] * len(lengths), budget)
 
 
 def cost(batch, lengths):
@@ -61,7 +61,7 @@ def test_neighbouring_batches_of_whole_rows_could_not_have_been_one(lengths, can
 
 
 def test_without_rows_there_are_no_batches():
-    assert cut_batches([], [], 3, 100) == []
+    assert cut_batches([], [], [], 100) == []
     assert plan_order([], []) == []
 
 

@@ -71,6 +71,46 @@ def test_every_row_of_geoquery_has_a_pair_or_a_counted_cause(tmp_path):
     assert () not in counts.rows_without_pair
 
 
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not GEOQUERY.is_dir(), reason=f"no GeoQuery in {GEOQUERY}; set GEOQUERY to its folder")
+def test_geoquery_is_audited_evaluated_and_turned_into_proven_pairs(tmp_path):
+    def run(*arguments):
+        common = ["--sft-data", GEOQUERY / "train.json", "--databases", GEOQUERY / "databases"]
+        done = subprocess.run(
+            [sys.executable, "-m", "t2s_pref", *map(str, [*arguments, *common, "--cache-dir", tmp_path / "cache"])],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        print(done.stdout)
+        return done.stdout
+
+    run("audit", "--report", tmp_path / "golds.json")
+    golds = json.loads((tmp_path / "golds.json").read_text(encoding="utf-8"))
+    found = {(each["verdict"], each["detail"]) for each in golds["findings"]}
+    assert ("gold_error", 'near "ALL": syntax error') in found
+    assert any("no such column" in detail for verdict, detail in found if verdict == "gold_error")
+    assert golds["verdicts"]["gold_nondeterministic"] == 2
+    assert golds["verdicts"]["gold_empty"] > 10
+    assert sum(golds["verdicts"].values()) == golds["rows"] == 549
+
+    model = ["--base-model", MODEL, "--max-new-tokens", "128"]
+    run("evaluate", *model, "--num-rejects", "2", "--report", tmp_path / "accuracy.json")
+    accuracy = json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))
+    assert accuracy["rows"]["geography"] == golds["verdicts"]["ok"] + golds["verdicts"]["gold_empty"]
+    assert sum(accuracy["verdicts"].values()) == accuracy["rows"][""]
+    # the bundled model has never seen this schema
+    assert 0 <= accuracy["accuracy"]["greedy"][""]["strict"] <= accuracy["accuracy"]["greedy"][""]["bird"] < 0.2
+
+    shown = run("reject", *model, "--num-rejects", "2", "--max-candidates", "3", "--output", tmp_path / "pairs.json")
+    pairs = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
+    assert len(pairs) > 900
+    assert "rows whose gold can prove something" in shown
+    useless = {each["sql"] for each in golds["findings"] if each["verdict"] != "gold_empty"}
+    assert not useless & {pair["chosen"] for pair in pairs}
+
+
 @pytest.mark.timeout(900)
 def test_the_wheel_runs_the_demo_in_an_empty_environment_from_another_folder(tmp_path):
     def run(*command, **kwargs):

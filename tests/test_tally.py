@@ -1,14 +1,26 @@
 """What `summary` promises: every candidate counted once, by cause, from columns alone."""
 
+from contextlib import suppress
 from html.parser import HTMLParser
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2s_pref import SamplingSettings, Summary, UserError, explode_rejected, generate_rejected, load_sft, summary
+from t2s_pref import (
+    SamplingSettings,
+    Summary,
+    UserError,
+    demo_files,
+    explode_rejected,
+    generate_rejected,
+    load_sft,
+    summary,
+    verify_rejected,
+)
 from t2s_pref.tally import CAUSES, UNPROVEN
+from t2s_pref.verdicts import GOLD_USABLE, GOLD_VERDICTS, VERDICTS, WRONG
 
 GOLD = "SELECT name FROM singer"
 REJECTS = [GOLD, GOLD.lower(), "", "SELECT 1", "SELECT 1 ", "select 1", "SELECT 2"]
@@ -52,10 +64,13 @@ def test_whatever_a_run_gave_its_pairs_and_drops_are_all_its_candidates(tmp_path
     assert all(set(causes) <= set(CAUSES) for causes in told.rows_without_pair)
 
 
+UNVERIFIED = {"truncated", "prompt_too_long", "no_sql", "empty", "same_as_gold", "duplicate"}
+
+
 def test_each_cause_is_counted_for_what_it_is(cache_dir):
     sampled = run(["truncated", "no_sql", "prompt_too_long", "", GOLD.lower(), "SELECT 1", "SELECT 1"])
-    assert tell(sampled, cache_dir, "exact").drops == dict.fromkeys(CAUSES, 1)
-    assert tell(sampled, cache_dir).drops == {cause: 1 for cause in CAUSES if cause != "duplicate"}
+    assert tell(sampled, cache_dir, "exact").drops == dict.fromkeys(UNVERIFIED, 1)
+    assert tell(sampled, cache_dir).drops == {cause: 1 for cause in UNVERIFIED if cause != "duplicate"}
 
 
 def test_rows_without_a_pair_are_counted_by_all_the_causes_that_left_them_without(cache_dir):
@@ -233,3 +248,148 @@ def test_the_notes_of_several_splits_are_each_said_once(cache_dir):
     loaded = load_sft(Dataset.from_dict({"instruction": ["a"], "input": [""], "output": [GOLD]}))
     loaded = loaded.add_column("rejected", [["SELECT 1"]])
     assert len(tell(DatasetDict(a=loaded, b=loaded), cache_dir).notes) == 2
+
+
+# -- verified runs ---------------------------------------------------------------------------------------------------
+
+
+def verified(*rows, gold="ok"):
+    """Rows of (verdict, ...), each of a reject of its own."""
+    return Dataset.from_dict(
+        {
+            "output": [GOLD] * len(rows),
+            "rejected": [[f"SELECT {row}, {place}" for place in range(len(found))] for row, found in enumerate(rows)],
+            "verdict": [list(found) for found in rows],
+            "gold_verdict": [gold] * len(rows),
+        },
+        features=Features(
+            {
+                "output": Value("string"),
+                "rejected": List(Value("string")),
+                "verdict": List(Value("string")),
+                "gold_verdict": Value("string"),
+            }
+        ),
+    )
+
+
+@given(st.lists(st.lists(st.sampled_from(VERDICTS), max_size=4), max_size=5))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_verdicts_are_counted_and_only_proven_rejects_are_pairs(tmp_path, rows):
+    told = tell(verified(*rows), tmp_path)
+    found = [verdict for row in rows for verdict in row]
+    assert told.verdicts == {verdict: found.count(verdict) for verdict in VERDICTS if verdict in found}
+    assert told.pairs == sum(verdict in WRONG for row in rows for verdict in row)
+    assert told.pairs + sum(told.drops.values()) == told.candidates == sum(map(len, rows))
+    assert told.mastered == sum(bool(row) and set(row) <= {"equivalent", "same_ast", "same_text"} for row in rows)
+    assert sum(told.rows_without_pair.values()) == sum(not set(row) & set(WRONG) for row in rows)
+    assert UNPROVEN not in told.notes
+    assert str(told)
+    assert told._repr_html_()
+
+
+def test_a_row_is_without_a_pair_for_its_gold_or_because_it_is_mastered(cache_dir):
+    told = tell(verified(["equivalent"], ["timeout"]), cache_dir)
+    assert told.rows_without_pair == {("mastered",): 1, ("timeout",): 1}
+    assert "  by cause: mastered: every candidate is right" in str(told)
+    assert told.golds == {"ok": 2}
+    told = tell(verified(["unverified"], [], gold="gold_error"), cache_dir)
+    assert told.rows_without_pair == {("gold_error",): 2}
+    assert told.golds == {"gold_error": 2}
+    assert "  not: gold fails" in str(told)
+
+
+def test_every_verdict_and_every_status_is_explained_in_words():
+    assert set(VERDICTS) | set(GOLD_VERDICTS) - set(GOLD_USABLE) <= set(CAUSES)
+    assert all(words and way_out for words, way_out in CAUSES.values())
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(VERDICTS), max_size=5), max_size=4),
+    st.sampled_from(DEDUPS),
+    st.none() | st.sets(st.sampled_from(VERDICTS)),
+    st.none() | st.integers(1, 3),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_pairs_that_are_counted_are_those_that_explode_makes(tmp_path, rows, dedup, keep, most):
+    found, chosen = verified(*rows), {"keep": keep, "max_per_row": most}
+    told = summary(found, dedup, cache_dir=tmp_path, **chosen)
+    assert told.pairs == len(explode_rejected(found, dedup, cache_dir=tmp_path, **chosen))
+    assert told.pairs + sum(told.drops.values()) == told.candidates == sum(map(len, rows))
+    assert sum(told.verdicts.values()) == told.candidates
+    assert all(told.drops.values())
+    assert set(told.drops) <= set(CAUSES)
+
+
+def test_what_is_beyond_max_per_row_is_counted_for_that(cache_dir):
+    told = summary(verified(["wrong_result"] * 3, ["wrong_result", "timeout"]), max_per_row=1, cache_dir=cache_dir)
+    assert (told.pairs, told.drops) == (2, {"not_selected": 2, "timeout": 1})
+    assert "dropped: more than --max-per-row" in str(told)
+    assert any("raise --max-per-row" in hint for hint in told.hints())
+
+
+def test_a_row_with_a_candidate_that_was_lost_is_not_mastered(cache_dir):
+    sampled = run(["SELECT 1", "truncated"], ["SELECT 2"], [GOLD], [])
+    found = sampled.add_column("verdict", [["equivalent"], ["equivalent"], ["same_text"], []])
+    told = tell(found, cache_dir)
+    assert told.mastered == 2
+    assert told.rows_without_pair == {("equivalent", "truncated"): 1, ("mastered",): 2, (): 1}
+    assert told.pairs + sum(told.drops.values()) == told.candidates == 4
+
+
+def test_verdicts_and_golds_stand_in_one_order_with_their_shares(cache_dir):
+    rows = [["timeout", "wrong_result"], ["equivalent", "wrong_result"]]
+    told = tell(DatasetDict(a=verified(*rows), b=verified(["unverified"], gold="no_database")), cache_dir)
+    assert list(told.verdicts) == ["wrong_result", "equivalent", "timeout", "unverified"]
+    assert told.golds == {"ok": 2, "no_database": 1}
+    table = {label: (value, share) for label, value, share in told.lines()}
+    assert table["rows whose gold can prove something"] == ("2", "66.7 %")
+    assert table["  not: no database"] == ("1", "33.3 %")
+    assert table["verdicts"] == ("5", "")
+    assert table["  wrong_result"] == ("2", "40.0 %")
+    assert table["kept as pairs"] == ("2", "40.0 %")
+    assert told.rows_without_pair == {("no_database",): 1}
+
+
+def test_a_gold_that_proves_nothing_comes_with_where_to_look(cache_dir):
+    told = tell(verified(["unverified"] * 3, gold="gold_nondeterministic"), cache_dir)
+    assert told.drops == {"unverified": 3}
+    (hint,) = told.hints()
+    assert "audit" in hint
+    assert "gold is not determined by the data" in str(told)
+
+
+def test_jupyter_shows_the_verdicts_too(cache_dir):
+    told = tell(verified(["wrong_result", "equivalent", "timeout"], ["equivalent"]), cache_dir)
+    page = Reader(told._repr_html_())
+    assert page.tags.count("tr") == len(told.lines())
+    assert all(cell in page.text for line in told.lines() for cell in line)
+    assert "  wrong_result" in page.text
+
+
+def test_a_cached_verified_run_prints_the_same(tmp_path):
+    files = demo_files()
+    rows = load_sft(files.train).select(range(6))
+    wrong = [[row["output"], f"{row['output']} x y", "SELECT 'no such answer'", ""] for row in rows]
+    shown, pairs = [], []
+    for _ in range(2):
+        found = verify_rejected(rows.add_column("rejected", wrong), files.databases, cache_dir=tmp_path)
+        told = summary(found, cache_dir=tmp_path)
+        shown.append((str(told), told._repr_html_()))
+        pairs.append(len(explode_rejected(found, cache_dir=tmp_path)))
+        assert told.pairs == pairs[-1] > 0
+        assert told.verdicts["same_text"] == told.verdicts["empty"] == told.verdicts["syntax_error"] == 6
+        assert told.pairs + sum(told.drops.values()) == told.candidates == 24
+    assert shown[0] == shown[1]
+    assert "verify_rejected: SQLite" in shown[0][0]
+    assert UNPROVEN not in shown[0][0]
+
+
+def test_rejects_that_were_not_verified_are_no_pairs_among_those_that_were(cache_dir):
+    # concatenate_datasets fills columns that one part lacks with null
+    bare = verified(["wrong_result"]).remove_columns(["verdict", "gold_verdict"])
+    mixed = concatenate_datasets([verified(["wrong_result"]), bare])
+    with suppress(UserError):  # to refuse the mixture is as good
+        told = tell(mixed, cache_dir)
+        assert told.pairs == 1
+        assert told.pairs + sum(told.drops.values()) == told.candidates == 2

@@ -1,0 +1,176 @@
+"""What each command of the command line does, given its parsed arguments."""
+
+import argparse
+import json
+import os
+from typing import Any
+
+from t2s_pref.errors import UserError
+from t2s_pref.ranks import rank
+from t2s_pref.settings import SAMPLING_DEFAULTS, SamplingSettings
+
+# Everything large is imported by the command that needs it: `--help` and mistakes are answered at once.
+
+
+def reject(args: argparse.Namespace) -> None:
+    """Rows to preference pairs."""
+    from datasets import disable_progress_bars
+
+    from t2s_pref.generate import generate_rejected
+    from t2s_pref.llamafactory import check_destination, save_llamafactory
+    from t2s_pref.pairs import explode_rejected
+    from t2s_pref.sql import check_dialect
+    from t2s_pref.tally import summary
+
+    if rank():
+        disable_progress_bars()  # one set of bars is enough
+    check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
+    _check_apart(args, "sft_data", "output")
+    check_dialect(args.dialect)
+    chosen = {"keep": args.keep, "select": args.select, "max_per_row": args.max_per_row}
+    proving: dict[str, Any] = {}
+    if args.databases:
+        proving = {**_running(args), "timeout": args.timeout, "max_candidates": args.max_candidates}
+    else:
+        for name in ("max_candidates", "database_version", "keep"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --databases.")
+        if args.select != "first":
+            raise UserError(f"--select {args.select} needs --databases.")
+    settings = _settings(args)
+    engine = _engine(args)
+    rows = _rows(args)
+    rows = generate_rejected(rows, engine, settings, cache_dir=args.cache_dir, **proving)
+    if rank() > 0:
+        return
+    pairs = explode_rejected(rows, args.dedup_rejects, args.dialect, cache_dir=args.cache_dir, **chosen)
+    print(summary(rows, args.dedup_rejects, args.dialect, cache_dir=args.cache_dir, **chosen))
+    print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name)}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """A preference file to one without the pairs that are not proven."""
+    from t2s_pref.cleaning import clean_preferences
+    from t2s_pref.verdicts import WRONG
+
+    _check_apart(args, "data", "output", "report")
+    found = clean_preferences(
+        args.data,
+        args.databases,
+        args.output,
+        dataset_name=args.dataset_name,
+        keep=args.keep or WRONG,
+        timeout=args.timeout,
+        cache_dir=args.cache_dir,
+        **_running(args, databases=False),
+    )
+    _report(found, args.report)
+    if not found.kept:
+        raise UserError(f"No pair of {args.data!r} is proven wrong; {args.output!r} was not written.")
+    print(f"wrote {args.output}")
+
+
+def audit(args: argparse.Namespace) -> None:
+    """Rows to a report on their golds."""
+    from t2s_pref.audit import audit_golds
+
+    _check_apart(args, "sft_data", "report")
+    found = audit_golds(_rows(args), args.databases, cache_dir=args.cache_dir, **_running(args, databases=False))
+    _report(found, args.report)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Rows to the execution accuracy of a model."""
+    from datasets import disable_progress_bars
+
+    from t2s_pref.accuracy import evaluate
+
+    if rank():
+        disable_progress_bars()
+    _check_apart(args, "sft_data", "report")
+    settings = _settings(args)
+    engine = _engine(args)
+    rows = _rows(args)
+    running = _running(args, databases=False)
+    found = evaluate(rows, engine, args.databases, settings, timeout=args.timeout, cache_dir=args.cache_dir, **running)
+    if found is None:
+        return
+    _report(found, args.report)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """The whole road on the bundled files."""
+    # The bundled model is too small for threads to help, and on a busy machine they wait for each other's cores. It has
+    # to be said before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from t2s_pref.demo import run_demo
+
+    run = run_demo(args.output, args.cache_dir)
+    print(run.summary)
+    for pair in run.examples:
+        print("\n" + "\n".join(f"{name:>8}: {text}" for name, text in pair.items()))
+    print("\nwrote " + "\n      ".join(map(str, run.written)))
+
+
+def _report(found: Any, path: str | None) -> None:
+    """Print what a command found, and write it as JSON where a file is named."""
+    from t2s_pref.files import atomic_write
+
+    print(found)
+    if path:
+        with atomic_write(os.path.expanduser(path)) as file:
+            json.dump(found.to_dict(), file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        print(f"wrote {path}")
+
+
+def _check_apart(args: argparse.Namespace, *names: str) -> None:
+    """What is written is neither what is read nor written twice."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if path := getattr(args, name):
+            option = "--" + name.replace("_", "-")
+            other = seen.setdefault(os.path.realpath(os.path.expanduser(path)), option)
+            if other != option:
+                raise UserError(f"{option} is {other}, {path!r}, which would be overwritten; name another file.")
+
+
+def _settings(args: argparse.Namespace) -> SamplingSettings:
+    return SamplingSettings(**{name: getattr(args, name) for name in SAMPLING_DEFAULTS})
+
+
+def _engine(args: argparse.Namespace) -> Any:
+    from t2s_pref.engines import TransformersEngine
+
+    return TransformersEngine(
+        args.base_model,
+        adapter_path=args.adapter_path,
+        strict_adapter=args.strict_adapter,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
+        device=args.device,
+    )
+
+
+def _rows(args: argparse.Namespace) -> Any:
+    """The rows of `--sft-data`, as many as `--max-samples` wants."""
+    from t2s_pref.load import load_sft
+
+    if args.max_samples < 0:
+        raise UserError(f"--max-samples is {args.max_samples}; it must be 0 (all rows) or more.")
+    rows = load_sft(args.sft_data, split=args.split)
+    if isinstance(rows, dict):
+        raise UserError(f"{args.sft_data!r} has the splits {list(rows)}; choose one with --split.")
+    return rows.select(range(min(args.max_samples, len(rows)))) if args.max_samples else rows
+
+
+def _running(args: argparse.Namespace, databases: bool = True) -> dict[str, Any]:
+    """The arguments that say where and how long SQL is run."""
+    where = {"databases": args.databases} if databases else {}
+    return {
+        **where,
+        "gold_timeout": args.gold_timeout,
+        "database_version": args.database_version,
+        "workers": args.workers,
+    }
