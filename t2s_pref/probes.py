@@ -16,7 +16,7 @@ from sqlglot.tokens import Token, TokenType
 from t2s_pref.statements import words
 from t2s_pref.trees import orders_at, pairs_of, plain_words, split_list, sql_tokens
 
-TIMES = 5  # how often a query with random ties is tried: a tie of two is seen with a chance of 31 in 32
+PAIRS = 3  # how often ties are broken one way and the other: two rows that are tied change places for sure
 
 _COMPOUNDS = (TokenType.UNION, TokenType.INTERSECT, TokenType.EXCEPT)
 _MAY_TIE = re.compile(r"\b(?:limit|fetch|offset|over|distinct\s+on)\b", re.I)
@@ -35,10 +35,13 @@ _OPERATORS = frozenset("+-*/%|=<>.,(")
 def probes(sql: str, dialect: str = "sqlite") -> tuple[str, ...]:
     """All that is to be run to find out whether the data determine a query's result, in this order.
 
+    They come in pairs, of which both are to be run with the same random numbers.
+
     >>> probes("SELECT a FROM t ORDER BY b")
     ()
     """
-    return (*bare_probes(sql, dialect), *(tie for tie in tie_probes(sql, dialect) for _ in range(TIMES)))
+    ties = [tie for sign in ("", "-") for tie in tie_probes(sql, dialect, sign)]
+    return (*bare_probes(sql, dialect), *PAIRS * ties)
 
 
 def bare_probes(sql: str, dialect: str = "sqlite") -> list[str]:
@@ -141,8 +144,10 @@ class _Level:
         self.compound = self.distinct = self.distinct_on = False
 
 
-def tie_probes(sql: str, dialect: str = "sqlite") -> list[str]:
+def tie_probes(sql: str, dialect: str = "sqlite", sign: str = "") -> list[str]:
     """The text with ties broken at random wherever a LIMIT or a window's order leaves them; none where nothing does.
+
+    With `sign` `-` they are broken in the opposite way, where the random numbers are the same.
 
     Where the data determine a query's result, its probe returns the same bag of rows each time. A probe that the engine
     refuses says nothing.
@@ -167,7 +172,7 @@ def tie_probes(sql: str, dialect: str = "sqlite") -> list[str]:
         if text == "(":
             levels.append(_Level(place + 1, _functions(texts, place, pairs, named)))
         elif text == ")" and len(levels) > 1:
-            edits += _edits(sql, tokens, texts, levels.pop(), place, dialect)
+            edits += _edits(sql, tokens, texts, levels.pop(), place, dialect, sign)
         elif text in (")", ";"):  # nothing opened it, or several statements
             return []
         elif orders_at(texts, place):
@@ -186,7 +191,7 @@ def tie_probes(sql: str, dialect: str = "sqlite") -> list[str]:
             level.frame = place
     if len(levels) != 1:
         return []
-    edits += _edits(sql, tokens, texts, levels[0], len(tokens), dialect)
+    edits += _edits(sql, tokens, texts, levels[0], len(tokens), dialect, sign)
     for start, end, text in sorted(edits, reverse=True):
         sql = f"{sql[:start]}{text}{sql[end:]}"
     return [sql] if edits else []
@@ -217,10 +222,10 @@ def _functions(texts: list[str], place: int, pairs: dict[int, int], named: dict[
 
 
 def _edits(
-    sql: str, tokens: list[Token], texts: list[str], level: _Level, end: int, dialect: str
+    sql: str, tokens: list[Token], texts: list[str], level: _Level, end: int, dialect: str, sign: str
 ) -> list[tuple[int, int, str]]:
     """What to put in, and where, so that ties on a level that closes at the token `end` are broken at random."""
-    chance = "RAND()" if dialect in ("mysql", "tsql") else "RANDOM()"
+    chance = sign + ("RAND()" if dialect in ("mysql", "tsql") else "RANDOM()")
     term = f", {chance} " if level.order is not None else f" ORDER BY {chance} "
     if level.functions:
         at = tokens[end if level.frame is None else level.frame].start

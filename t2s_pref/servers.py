@@ -121,10 +121,11 @@ class ServerDatabase:
         except ModuleNotFoundError as error:
             raise Failed(verdicts.UNREACHABLE, f"{error.name} is not installed: {INSTALL}") from error
         except Exception as error:  # SQLAlchemy's for a URL that is none, and each driver's own
-            # a password with an @ that nobody quoted ends where the host begins
-            self._secrets += [str(address.host)] if address.host else []
-            absent = self._is_absent(error, address)
-            raise Failed(verdicts.NO_DATABASE if absent else verdicts.UNREACHABLE, self._message(error)) from error
+            if self._is_absent(error, address):  # a detail that becomes a column, and may be published: no host in it
+                raise Failed(verdicts.NO_DATABASE, f"no database {address.database!r} for this role") from error
+            if "@" in (address.host or ""):  # of a password in which nobody quoted an @, the rest is taken for the host
+                self._secrets += address.host.split("@")[:-1]
+            raise Failed(verdicts.UNREACHABLE, self._message(error)) from error
         self.maria = "mariadb" in number.lower()
         name = "PostgreSQL" if self.postgres else "MariaDB" if self.maria else "MySQL"
         self.version = f"{name} {re.match(r'[0-9.]*', number)[0]}"
@@ -136,14 +137,17 @@ class ServerDatabase:
         if self.postgres:
             _load_as_text(self._connection)
 
-    def run(self, sql: str, seconds: float, reverse: bool = False) -> Rows:
-        """The result of one query, or [`Failed`]. A server cannot be asked for the opposite order: `reverse` is not."""
+    def run(self, sql: str, seconds: float, reverse: bool = False, seed: int = 0) -> Rows:
+        """The result of one query, or [`Failed`]; its random numbers start at `seed`.
+
+        A server cannot be asked for the opposite order: `reverse` is not.
+        """
         if reverse:
             raise Failed(verdicts.RESOURCE, "only SQLite reverses rows without an order")
         _check(sql, "postgres" if self.postgres else "mysql")
         try:
             milliseconds = max(1, int(seconds * 1000))
-            self._begin(milliseconds)
+            self._begin(milliseconds, seed)
             deadline = time.monotonic() + milliseconds / 1000  # no later than the server's
             width, rows = self._stream(sql)
             return Rows(width, self._fetch(rows, deadline))
@@ -167,24 +171,24 @@ class ServerDatabase:
         with contextlib.closing(self._connection.cursor()) as cursor:
             cursor.execute(statement)
 
-    def _begin(self, milliseconds: int) -> None:
+    def _begin(self, milliseconds: int, seed: int) -> None:
         """Begin a transaction, on a new connection where the old one was lost: no fault of this statement."""
         try:
-            self._say_begin(milliseconds)
+            self._say_begin(milliseconds, seed)
         except Exception:
             self._replace()
             try:
-                self._say_begin(milliseconds)
+                self._say_begin(milliseconds, seed)
             except Exception as error:
                 raise Failed(verdicts.UNREACHABLE, f"the connection was lost: {self._message(error)}") from error
 
-    def _say_begin(self, milliseconds: int) -> None:
+    def _say_begin(self, milliseconds: int, seed: int) -> None:
         if self.postgres:
-            self._say("BEGIN READ ONLY")
-            self._say(f"SET LOCAL statement_timeout = {milliseconds}")
+            limits = f"SET LOCAL statement_timeout = {milliseconds}; SET LOCAL seed = {seed / 100}"
+            self._say(f"BEGIN READ ONLY; {limits}")
             return
         limit = f"max_statement_time = {milliseconds / 1000}" if self.maria else f"max_execution_time = {milliseconds}"
-        self._say(f"SET SESSION {limit}")
+        self._say(f"SET SESSION {limit}, rand_seed1 = {seed + 1}, rand_seed2 = {seed + 1_000_003}")
         self._say("START TRANSACTION READ ONLY")
 
     def _stream(self, sql: str) -> tuple[int, Iterator[tuple]]:
@@ -271,7 +275,7 @@ class ServerDatabase:
         return MYSQL.get(number, verdicts.OTHER_ERROR)
 
     def _message(self, error: Exception) -> str:
-        """What the server says, without what a URL may hold and with its version where that explains it."""
+        """What the server says, in one line, without what a URL may hold."""
         cause = error.orig if isinstance(error, DBAPIError) else error
         text = str(cause.args[1]) if len(cause.args) > 1 and isinstance(cause.args[0], int) else str(cause)
         text = next((line for line in text.splitlines() if line.strip()), type(cause).__name__)

@@ -23,8 +23,9 @@ import sqlite3
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 if __name__ == "__main__":  # -I keeps even the script's own folder from the path
@@ -89,7 +90,8 @@ _COMPARED = re.compile(r"(?:[=<>]|\b(?:like|glob|between|in\s*\())\s*\Z", re.I)
 class SqliteDatabase:
     """One SQLite file, which nothing that is run can change.
 
-    Raises [`Failed`] with `no_database` where the file is missing or is no database.
+    Raises [`Failed`] with `no_database` where the file is none, and with `unreachable` where it cannot be opened: it
+    was there when the run began.
     """
 
     version = f"SQLite {sqlite3.sqlite_version}"
@@ -97,7 +99,7 @@ class SqliteDatabase:
     def __init__(self, path: str, limits: Limits) -> None:
         self.path, self.limits = path, limits
         self._connections: dict[bool, sqlite3.Connection] = {}
-        self._deadline = 0.0
+        self._deadline, self._random = 0.0, Random(0)
         self._connect(reverse=False)
 
     def _connect(self, reverse: bool) -> sqlite3.Connection:
@@ -112,9 +114,12 @@ class SqliteDatabase:
                 connection.execute("PRAGMA reverse_unordered_selects=ON").fetchall()
             _open_virtual_tables(connection)
         except sqlite3.Error as error:
+            if "unable to open" in str(error):
+                raise Failed(verdicts.UNREACHABLE, f"{self.path}: {error}") from error
             raise Failed(verdicts.NO_DATABASE, str(error)) from error
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+        connection.create_function("random", 0, lambda: self._random.getrandbits(62))
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(self._late, TICK)
         self._connections[reverse] = connection
@@ -123,9 +128,12 @@ class SqliteDatabase:
     def _late(self) -> bool:
         return time.monotonic() > self._deadline
 
-    def run(self, sql: str, seconds: float, reverse: bool = False) -> Rows:
-        """The result of one statement, or [`Failed`]. With `reverse`, what has no order comes in the opposite one."""
-        self._deadline = time.monotonic() + seconds
+    def run(self, sql: str, seconds: float, reverse: bool = False, seed: int = 0) -> Rows:
+        """The result of one statement, or [`Failed`]. With `reverse`, what has no order comes in the opposite one.
+
+        `random()` starts at `seed`, for equal verdicts each time.
+        """
+        self._deadline, self._random = time.monotonic() + seconds, Random(seed)
         connection = self._connections.get(reverse) or self._connect(reverse)
         try:
             cursor = connection.execute(sql)
@@ -267,18 +275,17 @@ class Judge:
         """Why the data do not determine the gold's result, or the empty string where they do."""
         if gold["proven"]:
             return ""
-        tries = [(gold["sql"], True, "rows without an order decide the result")]
-        tries += [(probe, False, "ties, or columns outside of GROUP BY, decide the result") for probe in gold["probes"]]
-        for sql, reverse, why in tries:
+        for sql, reverse, seed in _tries(gold):
             try:
-                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse)
+                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse, seed)
             except Failed as failed:
                 if failed.verdict in _ENDS:
                     raise
                 continue  # the probe is our text, not the gold: what it cannot do says nothing
             verdict, reason = compare(rows, again, False)
             if verdict not in (verdicts.EQUIVALENT, verdicts.WEAK) and reason != "rounding":
-                return why
+                unordered, tied = "rows without an order", "ties, or columns outside of GROUP BY,"
+                return f"{unordered if reverse else tied} decide the result"
         return ""
 
     def candidate(self, candidate: dict[str, Any]) -> dict[str, Any]:
@@ -308,11 +315,9 @@ class Judge:
         """Why a candidate whose result differs may return the gold's another time; a timeout on the way is raised."""
         if candidate["volatile"]:
             return f"{candidate['volatile']} changes with time or chance"
-        tries = [(candidate["sql"], True)]
-        tries += [(probe, False) for probe in candidate["probes"]]
-        for sql, reverse in tries:
+        for sql, reverse, seed in _tries(candidate):
             try:
-                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse)
+                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse, seed)
             except Failed as failed:
                 if failed.verdict in _ENDS:
                     raise
@@ -320,6 +325,13 @@ class Judge:
             if self._against_golds(again)[0] != verdicts.WRONG_RESULT:
                 return "the data do not determine its result"
         return ""
+
+
+def _tries(statement: dict[str, Any]) -> Iterator[tuple[str, bool, int]]:
+    """How to run a statement again, to find out whether the data determine its result: what, whether reversed, seed."""
+    yield statement["sql"], True, 0
+    for number, probe in enumerate(statement["probes"]):
+        yield probe, False, number // 2  # probes come in pairs of the same random numbers
 
 
 # The loop
