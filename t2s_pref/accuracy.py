@@ -113,7 +113,7 @@ def evaluate(
         raise UserError("The dataset has no rows to evaluate on.")
     bounds = Bounds(timeout, gold_timeout)
     with open_verifier(rows, databases, bounds, database_version, workers, cache_dir) as judge:
-        asked = [question(row, OUTPUT, judge.databases.dialect) for row in rows]
+        asked = [question(row, OUTPUT, judge.databases) for row in rows]
         texts = [list(dict.fromkeys(text for of in answers.values() for text in of[row])) for row in range(len(rows))]
         scored = score(judge, asked, texts, workers, bounds)
         notes = (f"evaluate: {engine.describe()}", judge.describe().replace("verify_rejected", "run on"))
@@ -144,11 +144,10 @@ def score(
 
 
 def _task(judge: Verifier, asked: Question, texts: list[str]) -> Task[tuple[str, Scores]]:
-    golds = [as_gold(text, asked.dialect) for text in asked.golds]
-    candidates = [as_candidate(text, asked.dialect) for text in texts if text]
-    plain = [
-        [each._replace(sql=without_distinct(each.sql, asked.dialect)) for each in of] for of in (golds, candidates)
-    ]
+    dialect = judge.databases.dialect(asked.db_id)
+    golds = [as_gold(text, dialect) for text in asked.golds]
+    candidates = [as_candidate(text, dialect) for text in texts if text]
+    plain = [[each._replace(sql=without_distinct(each.sql, dialect)) for each in of] for of in (golds, candidates)]
     of_all: list[tuple[str, str]] = []
     answers: list[list[dict[str, Any]]] = [[] for _ in candidates]
     for instance in judge.databases[asked.db_id]:

@@ -94,7 +94,7 @@ def audit_golds(
     with open_verifier(
         rows, databases, Bounds(gold_timeout=gold_timeout), database_version, workers, cache_dir
     ) as judge:
-        asked = [question(row, OUTPUT, judge.databases.dialect) for row in rows]
+        asked = [question(row, OUTPUT, judge.databases) for row in rows]
         judge.judge(((each, ()) for each in asked), desc="Running golds")
         found = [judge.gold(each) for each in asked]
         engine = judge.describe().partition(": ")[2]

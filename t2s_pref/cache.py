@@ -103,27 +103,25 @@ def cached_map(
     remove_columns: list[str] | None = None,
     cache_dir: str | os.PathLike[str] | None,
     map_kwargs: dict[str, Any],
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[], bool] = lambda: True,
 ) -> Dataset:
     """A batched `Dataset.map` whose result is found again.
 
     Args:
         key: what decides the result beside the dataset; `None` where that is not known, and nothing is kept.
-        prepare: called before the first batch, where the result is not found.
+        prepare: called before the first batch, where the result is not found; `False` where it is not to be kept.
     """
     check_map_kwargs(map_kwargs)
     passed = {"desc": step.capitalize(), **map_kwargs}
     reuse = may_reuse(passed)
     if not len(dataset):
         return without_rows(dataset, features)
-    if key is None:
-        prepare()
+    if key is not None and reuse and (found := find(dataset, step, key, cache_dir)) is not None:
+        return found
+    if not prepare() or key is None:
         mark = os.urandom(16).hex()  # what comes after is not to be found again either
         passed |= {"keep_in_memory": True, "load_from_cache_file": False, "new_fingerprint": mark}
         return dataset.map(function, batched=True, features=features, remove_columns=remove_columns, **passed)
-    if reuse and (found := find(dataset, step, key, cache_dir)) is not None:
-        return found
-    prepare()
 
     def build(folder: Path, fingerprint: str) -> Dataset:
         return dataset.map(

@@ -24,6 +24,8 @@ PLACEHOLDER = "{db_id}"
 # A file with one of these beside it, not empty, holds changes that the file itself lacks.
 LIVE = ("-wal", "-journal")
 
+LONGEST_NAME = 255 - max(map(len, SUFFIXES))  # bytes; longer is no name on any file system in use
+
 # SQLAlchemy's names of backends, and sqlglot's of their dialects.
 DIALECTS = {"postgresql": "postgres", "mysql": "mysql", "mariadb": "mysql"}
 
@@ -61,7 +63,8 @@ class Databases:
     ) -> None:
         self._copies = tempfile.TemporaryDirectory(prefix="t2s_pref-databases-", ignore_cleanup_errors=True)
         self._found: dict[str | None, tuple[Instance, ...]] = {}
-        self.dialect, self.version = "sqlite", version
+        self._dialects: dict[str | None, str] = {}
+        self.version = version
         try:
             self._find(given, sorted(set(db_ids), key=lambda name: (name is not None, name)), memo)
         except BaseException:
@@ -80,6 +83,15 @@ class Databases:
         """The instances of a database; none where it does not exist."""
         return self._found.get(db_id, ())
 
+    def dialect(self, db_id: str | None) -> str:
+        """The sqlglot name of the SQL that a database's engine runs."""
+        return self._dialects.get(db_id, "sqlite")
+
+    @property
+    def dialects(self) -> list[str]:
+        """Those of all databases that are there."""
+        return sorted({self._dialects[db_id] for db_id, found in self._found.items() if found})
+
     @property
     def contents(self) -> dict[str, list[str]] | None:
         """Hashes by db_id, for a key; `None` where a server's content is not known, so that nothing may be cached."""
@@ -88,6 +100,7 @@ class Databases:
 
     def _find(self, given: DatabasesLike, db_ids: list[str | None], memo: Path | None) -> None:
         places = {db_id: _places(given, db_id) for db_id in db_ids}
+        urls = {place for of in places.values() for place in of if _is_url(place)}
         missing = [db_id for db_id, of in places.items() if not of]
         if missing and len(missing) == len(places):
             raise UserError(_nothing_found(given, missing[0]))
@@ -96,14 +109,13 @@ class Databases:
                 "%d of %d databases were not found (%r is one); their rows cannot be judged.",
                 *(len(missing), len(places), missing[0]),
             )
-        urls = {place for of in places.values() for place in of if _is_url(place)}
-        if urls:
-            self.dialect = _dialect(next(iter(urls)))
-        elif self.version is not None:
+        self._dialects = {db_id: _dialect(db_id, of) for db_id, of in places.items()}
+        if not urls and self.version is not None:
             raise UserError("database_version is for servers; the content of SQLite files is hashed.")
         files = {place: self._settled(Path(place)) for of in places.values() for place in of if place not in urls}
+        copies = {file for file in files.values() if file.is_relative_to(self._copies.name)}
         try:
-            hashes = remembered_hashes(files.values(), memo)
+            hashes = remembered_hashes(set(files.values()) - copies, memo) | remembered_hashes(copies, None)
         except OSError as error:
             raise UserError(f"A database cannot be read: {one_line(error)}.") from error
         for db_id, of in places.items():
@@ -126,7 +138,7 @@ class Databases:
         folder = Path(tempfile.mkdtemp(dir=self._copies.name))
         before = remembered_hashes([path, *logs], None)
         for file in (path, *logs):
-            shutil.copy(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)  # not its mode: a copy is to be written to
         if {folder / file.name: known for file, known in before.items()} != remembered_hashes(
             [folder / file.name for file in (path, *logs)], None
         ) or before != remembered_hashes([path, *logs], None):
@@ -159,7 +171,7 @@ def _places(given: DatabasesLike, db_id: str | None) -> list[str]:
     if not path.is_dir():
         raise UserError(f"{text!r} is neither a file nor a folder; databases are a folder, a file, a mapping or a URL.")
     # A db_id comes with the data, from anywhere: it names a folder in this one and nothing else.
-    if not db_id or db_id in (".", "..") or "/" in db_id or "\\" in db_id or "\0" in db_id:
+    if not db_id or db_id in (".", "..") or set(db_id) & set("/\\\0") or len(db_id.encode()) > LONGEST_NAME:
         return []
     inside = path / db_id
     if inside.is_dir():
@@ -173,26 +185,24 @@ def _places(given: DatabasesLike, db_id: str | None) -> list[str]:
 def _nothing_found(given: DatabasesLike, db_id: str | None) -> str:
     if isinstance(given, Mapping):
         return f"No database for {db_id!r}; the mapping has {sorted(given)[:10]}."
-    if db_id is None:
-        return (
-            f"The rows have no column 'db_id', and {str(given)!r} holds several databases; add the column, or name one "
-            "file."
-        )
-    return f"No database for {db_id!r} in {_hidden(str(given))!r}; expected {db_id}/{db_id}.sqlite in it."
+    place = "the URL" if _is_url(os.fspath(given)) else repr(os.fspath(given))  # a URL may hold a password
+    if not db_id:
+        return f"The rows have no column 'db_id', and {place} holds several databases; add the column, or name one."
+    return f"No database for {db_id!r} in {place}; expected {db_id}/{db_id}.sqlite in it."
 
 
 def _is_url(text: str) -> bool:
     return "://" in text
 
 
-def _hidden(text: str) -> str:
-    """A place without the user and the password that a URL may hold, in front of its host or among its options."""
-    scheme, mark, rest = text.partition("://")
-    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}" if mark else text
-
-
-def _dialect(url: str) -> str:
-    backend = url.partition("://")[0].partition("+")[0]
+def _dialect(db_id: str | None, places: list[str]) -> str:
+    """The dialect of a database's engine, checked to be one for all its instances, and to have what it needs."""
+    backends = {place.partition("://")[0].partition("+")[0] if _is_url(place) else "sqlite" for place in places}
+    if backends <= {"sqlite"}:
+        return "sqlite"
+    if len(backends) > 1:
+        raise UserError(f"The instances of {db_id!r} are on {', '.join(sorted(backends))}; one engine must run all.")
+    (backend,) = backends
     if backend not in DIALECTS:
         raise UserError(f"{backend!r} is not a server known here; use one of {', '.join(DIALECTS)}, or a SQLite file.")
     try:
@@ -204,4 +214,15 @@ def _dialect(url: str) -> str:
 
 def _server_content(url: str, version: str | None) -> str | None:
     """A name for a server's content: its address without the password, and the version that the user vouches for."""
-    return None if version is None else hash_parts([_hidden(url).encode(), version.encode()])
+    if version is None:
+        return None
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        address = make_url(url)
+    except (ArgumentError, ValueError) as error:  # what it quotes may be a part of the password
+        raise UserError("The URL of the databases is none; expected dialect://user:password@host/database.") from error
+    known = (address.get_backend_name(), address.username, address.host, address.port, address.database)
+    options = sorted((name, value) for name, value in address.query.items() if name != "password")
+    return hash_parts([repr((known, options, version)).encode()])

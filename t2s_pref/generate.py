@@ -144,7 +144,7 @@ def _generate(
         return found
 
     def decide(planned: Dataset) -> None:
-        questions = [question(row, OUTPUT, verifier.databases.dialect) for row in dataset]
+        questions = [question(row, OUTPUT, verifier.databases) for row in dataset]
         sampler.wanted = sample_until_proven(planned, sampler, Proof(verifier, questions, most), cpu)
 
     def build(folder: Path, fingerprint: str) -> None:

@@ -27,6 +27,7 @@ from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT
 Result = TypeVar("Result")
 
 GRACE = 0.5  # seconds after a deadline until the process is killed
+LONGEST = 86_400  # seconds that a statement may be given
 START = 60.0  # seconds for a process to say that it is ready, imports included
 LONGEST_ANSWER = 1 << 20
 READ = 1 << 16
@@ -54,6 +55,9 @@ class Bounds:
         for name in ("timeout", "gold_timeout", "rows", "size"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be above 0.")
+        for name in ("timeout", "gold_timeout"):
+            if getattr(self, name) > LONGEST:
+                raise UserError(f"{name} is {getattr(self, name)!r} seconds; it must be at most {LONGEST}, a day.")
 
 
 class Gold(NamedTuple):
@@ -313,7 +317,7 @@ class WorkerPool:
             return self._release(worker)
         else:
             if answer["verdict"] == verdicts.UNREACHABLE:
-                raise UserError(f"The server cannot be reached: {answer['detail']}; what was found is kept.")
+                raise UserError(f"A database cannot be reached: {answer['detail']}; what was found is kept.")
             running.outcome.version = answer.pop("version", "")
             worker.deadline = time.monotonic() + answer.pop("next", 0.0) + GRACE
             if answer.pop("candidate", None) is not None:

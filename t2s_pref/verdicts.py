@@ -47,7 +47,7 @@ GOLD_TRUNCATED = "gold_truncated"
 GOLD_NONDETERMINISTIC = "gold_nondeterministic"
 NO_DATABASE = "no_database"
 
-# No verdict but the end of a run: a server that cannot be reached says nothing on any SQL.
+# No verdict but the end of a run: a server that cannot be reached, or a file that is gone, says nothing on any SQL.
 UNREACHABLE = "unreachable"
 
 GOLD_USABLE = (GOLD_OK, GOLD_EMPTY)

@@ -77,16 +77,20 @@ class Verifier:
         """What decides the verdicts beside the rows, or `None` where the content of a database is not known."""
         if (contents := self.databases.contents) is None:
             return None
-        return {**self._settings(), "databases": contents, "dialect": self.databases.dialect}
+        return {**self._settings(), "databases": contents}
 
     def describe(self) -> str:
         """One line of provenance: the engine, and what a server's user calls its content. No address, no user."""
         version = self.databases.version
-        engine = f"SQLite {sqlite3.sqlite_version}" if self.databases.dialect == "sqlite" else self.databases.dialect
-        return f"verify_rejected: {engine}{f', database_version {version}' if version else ''}"
+        names = {"sqlite": f"SQLite {sqlite3.sqlite_version}"}
+        engines = ", ".join(names.get(dialect, dialect) for dialect in self.databases.dialects or ["sqlite"])
+        return f"verify_rejected: {engines}{f', database_version {version}' if version else ''}"
 
-    def judge(self, asked: Iterable[tuple[Question, Iterable[str]]], desc: str = "Verifying") -> None:
-        """Run whatever is not known yet about these candidates, and write it down as it comes."""
+    def judge(self, asked: Iterable[tuple[Question, Iterable[str]]], desc: str = "Verifying") -> bool:
+        """Run whatever is not known yet about these candidates, and write it down as it comes.
+
+        Returns whether all that is known is for good: `False` where another try may find more.
+        """
         grouped: dict[Question, dict[str, None]] = {}
         for question, candidates in asked:
             grouped.setdefault(question, {}).update(dict.fromkeys(candidates))
@@ -97,7 +101,7 @@ class Verifier:
             if gold is None or (missing and gold["verdict"] in verdicts.GOLD_USABLE):
                 wanted[question] = missing
         if not wanted:
-            return
+            return self._is_for_good()
         written, fresh = time.monotonic(), []
         with WorkerPool(self.workers, self.bounds) as pool, tqdm(total=len(wanted), desc=desc, unit=" golds") as bar:
             try:
@@ -109,6 +113,10 @@ class Verifier:
                         written, fresh = time.monotonic(), []
             finally:
                 self._keep(fresh)  # interrupted too: what was found is not lost
+        return self._is_for_good()
+
+    def _is_for_good(self) -> bool:
+        return self._store is None or not self._known
 
     def refresh(self) -> None:
         """See what other processes have written down since."""
@@ -152,7 +160,8 @@ class Verifier:
         """Jobs for one question, instance by instance; returns the records of what was found."""
         instances = self.databases[question.db_id]
         known = self._get(question)
-        golds = tuple(as_gold(text, question.dialect) for text in question.golds)
+        dialect = self.databases.dialect(question.db_id)  # what runs; the row's own is how its text is read
+        golds = tuple(as_gold(text, dialect) for text in question.golds)
         verdicts_of_gold: list[tuple[str, str]] = []
         of_texts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
         for place, instance in enumerate(instances):
@@ -165,12 +174,14 @@ class Verifier:
                 verdicts_of_gold.append((before, known["detail"]))
                 continue
             ready = tuple(gold._replace(proven=before is not None) for gold in golds)
-            candidates = tuple(as_candidate(text, question.dialect) for text in open_texts)
+            candidates = tuple(as_candidate(text, dialect) for text in open_texts)
             outcome = yield Job(instance.address, ready, candidates, server=instance.server)
             worst = of_golds(outcome.golds)
             verdicts_of_gold.append(worst)
             if worst[0] in verdicts.GOLD_USABLE:
                 for text, answer in zip(open_texts, outcome.candidates, strict=True):
+                    if answer["verdict"] == verdicts.MISSING_FUNCTION:  # another version may have it
+                        answer["detail"] += f" ({outcome.version})"
                     of_texts[text].append(answer)
         verdict, detail = of_instances(verdicts_of_gold)
         gold = {"verdict": verdict, "detail": detail, "instances": [each[0] for each in verdicts_of_gold]}
@@ -187,27 +198,27 @@ def by_text(text: str, question: Question) -> str:
     sql = extract_sql(text).strip()
     if not sql:
         return verdicts.NOT_SQL
-    golds = [_statement(gold) for gold in question.golds]
+    golds = [statement_of(gold) for gold in question.golds]
     if sql in golds:
         return verdicts.SAME_TEXT
     same = normalize_sql(sql, question.dialect)
     return verdicts.SAME_AST if any(same == normalize_sql(gold, question.dialect) for gold in golds) else ""
 
 
-def _statement(text: str) -> str:
+def statement_of(text: str) -> str:
     """The SQL of a text that may have more around it; the text itself where none can be told apart."""
     return extract_sql(text).strip() or text.strip()
 
 
 def as_gold(text: str, dialect: str) -> Gold:
     """An accepted gold with all that its proof needs; around its SQL there may be prose or a fence."""
-    sql = _statement(text)
+    sql = statement_of(text)
     return Gold(sql, is_ordered(sql, dialect), probes(sql, dialect), volatile(sql, dialect))
 
 
 def as_candidate(text: str, dialect: str) -> Candidate:
     """A candidate with all that its verdict needs; around its SQL there may be prose or a fence."""
-    sql = _statement(text)
+    sql = statement_of(text)
     return Candidate(sql, probes(sql, dialect), volatile(sql, dialect))
 
 

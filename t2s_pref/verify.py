@@ -31,7 +31,7 @@ from t2s_pref.pool import Bounds
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT
 from t2s_pref.sql import check_dialect
 from t2s_pref.trees import distance
-from t2s_pref.verifier import Question, Verifier
+from t2s_pref.verifier import Question, Verifier, statement_of
 
 PAGE = 1000  # rows read at a time
 
@@ -115,6 +115,11 @@ def open_verifier(
 ) -> Iterator[Verifier]:
     """A verifier on the databases that the rows of `dataset` name."""
     home = cache_folder(cache_dir)
+    if dataset.features.get(DB_ID, Value("null")) not in (Value("null"), *STRINGS):
+        raise UserError(
+            f"Column {DB_ID!r} is {dataset.features[DB_ID]}; expected strings, the names of databases: "
+            f"dataset.cast_column({DB_ID!r}, Value('string'))."
+        )
     db_ids = dataset.unique(DB_ID) if DB_ID in dataset.column_names else [None]
     with (
         Databases(databases, db_ids, version=database_version, memo=home / "databases.json") as found,
@@ -146,10 +151,10 @@ def gold_column(dataset: Dataset) -> str:
     return CHOSEN if pairs else OUTPUT
 
 
-def question(row: dict[str, Any], gold: str, dialect: str) -> Question:
+def question(row: dict[str, Any], gold: str, databases: Databases) -> Question:
     """What a row asks of its database."""
     golds = dict.fromkeys([row[gold] or "", *(text for text in row.get(ALTERNATIVES) or () if text)])
-    return Question(row.get(DB_ID), row.get(DIALECT) or dialect, tuple(golds))
+    return Question(row.get(DB_ID), row.get(DIALECT) or databases.dialect(row.get(DB_ID)), tuple(golds))
 
 
 def verify_with(
@@ -164,7 +169,7 @@ def verify_with(
         lists = [[reject] if pairs else reject for reject in rows[REJECTED]]
         each = (dict(zip(names, values, strict=True)) for values in zip(*(rows[name] for name in names), strict=True))
         return [
-            (question(row, gold, verifier.databases.dialect), [text or "" for text in rejects or ()])
+            (question(row, gold, verifier.databases), [text or "" for text in rejects or ()])
             for row, rejects in zip(each, lists, strict=True)
         ]
 
@@ -172,11 +177,12 @@ def verify_with(
         columns: dict[str, list] = {name: [] for name in added}
         for of, texts in asked(rows):
             found = [verifier.candidate(of, text) for text in texts]
+            gold_statement = statement_of(of.golds[0])
             values = {
                 VERDICT: [each.verdict for each in found],
                 VERDICT_DETAIL: [each.detail for each in found],
                 RESULT_DIGEST: [each.digest for each in found],
-                DISTANCE: [distance(of.golds[0], text, of.dialect) for text in texts],
+                DISTANCE: [distance(gold_statement, statement_of(text), of.dialect) for text in texts],
             }
             for name, value in values.items():
                 columns[name].append(value[0] if pairs else value)

@@ -44,7 +44,7 @@ def measured(databases, cache_dir, gold, *answers, alternatives=(), seconds=5.0)
     rows = Dataset.from_dict({"output": [gold], "alternatives": [list(alternatives)]})
     bounds = Bounds(timeout=seconds)
     with open_verifier(rows, databases, bounds, None, 1, cache_dir) as judge:
-        asked = [question(row, "output", "sqlite") for row in rows]
+        asked = [question(row, "output", judge.databases) for row in rows]
         ((verdict, scores),) = score(judge, asked, [list(answers)], 1, bounds)
     return verdict, [{name for name in MEASURES if scores[answer][name]} for answer in answers]
 
@@ -109,7 +109,7 @@ def test_right_means_right_on_every_instance(tmp_path, cache_dir):
             connection.executescript(f"CREATE TABLE t (x INTEGER, y INTEGER); INSERT INTO t VALUES {rows}")
     rows = Dataset.from_dict({"db_id": ["d"], "output": ["SELECT count(*) FROM t"]})
     with open_verifier(rows, tmp_path / "databases", Bounds(), None, 1, cache_dir) as judge:
-        asked = [question(rows[0], "output", "sqlite")]
+        asked = [question(rows[0], "output", judge.databases)]
         answers = ["SELECT 1", "SELECT count(x) FROM t"]
         ((_, scores),) = score(judge, asked, [answers], 1, Bounds())
     assert [[scores[answer][name] for name in MEASURES] for answer in answers] == [[False] * 3, [True] * 3]
