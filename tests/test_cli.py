@@ -215,11 +215,11 @@ def test_verify_that_leaves_nothing_is_an_error_and_still_writes_the_report(sft,
 
 def test_audit_prints_a_table_and_writes_json(sft, tmp_path):
     rows = json.loads(sft.read_text(encoding="utf-8"))
-    rows[4]["output"] = "SELECT nothing FROM absent"
+    rows[4]["output"] = "SELECT nope FROM absent"
     sft.write_text(json.dumps(rows), encoding="utf-8")
     done = t2s_pref(*commands_of(sft, tmp_path, "audit", "--report", tmp_path / "report.json"))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"row 4 \(\w+\): gold_error: no such table: absent\n +SELECT nothing FROM absent", done.stdout)
+    assert re.search(r"row 4 \(\w+\): gold_error: no such table: absent\n +SELECT nope FROM absent", done.stdout)
     (finding,) = json.loads((tmp_path / "report.json").read_text())["findings"]
     assert (finding["row"], finding["detail"]) == (4, "no such table: absent")
 

@@ -150,13 +150,7 @@ def test_nothing_that_a_statement_does_stays(database, kind, url):
     before = administer(kind, ("SELECT * FROM book ORDER BY id",), name)
     for sql in WRITES[kind]:
         found = outcome(database, sql)
-        assert not isinstance(found, str) or found in (
-            "blocked",
-            "multi_statement",
-            "other_error",
-            "not_sql",
-            "syntax_error",
-        )
+        assert not isinstance(found, str) or found in SAFE
     assert administer(kind, ("SELECT * FROM book ORDER BY id",), name) == before
     assert not Path("/tmp/t2s_pref_book").exists()
     if kind == "postgres":
@@ -199,7 +193,6 @@ def test_a_database_that_cannot_be_reached_says_so_without_the_password(url):
         (address.set(database="not_there"), "no_database"),
         (address.set(port=1), "unreachable"),
         (address.set(username="nobody_here"), "unreachable"),
-        (address.set(password="wrong"), "unreachable"),
     ):
         with pytest.raises(Failed) as caught:
             ServerDatabase(wrong.render_as_string(hide_password=False), LIMITS)
@@ -259,7 +252,7 @@ def test_what_a_server_said_is_kept_only_where_its_content_has_a_name(url, tmp_p
 def test_each_row_may_have_a_database_of_its_own_in_the_url(url, tmp_path):
     name = make_url(url).database
     dataset = rows(url, ("SELECT 1", ["SELECT 2"]), ("SELECT 1", ["SELECT 2"]), db_id=[name, "not_there"])
-    found = verify_rejected(dataset, url.replace(f"/{name}", "/{db_id}"), cache_dir=tmp_path)
+    found = verify_rejected(dataset, url.removesuffix(name) + "{db_id}", cache_dir=tmp_path)
     assert found["verdict"][:] == [["wrong_result"], ["unverified"]]
     assert found["gold_verdict"][:] == ["ok", "no_database"]
 
