@@ -174,8 +174,8 @@ def _pair(record: dict[str, Any], number: int, origin: Origin) -> dict[str, Any]
 
 def _text(value: Any) -> str | None:
     """The text of an answer, however it is wrapped; `None` where it is not one."""
-    if isinstance(value, list) and value:
-        value = value[-1]
+    if isinstance(value, list):  # a conversation; of several answers as strings, none is the one
+        value = value[-1] if value and isinstance(value[-1], dict) else None
     if isinstance(value, dict):
         value = next((value[name] for name in TEXTS if name in value), None)
     return value if isinstance(value, str) else None

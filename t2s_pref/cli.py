@@ -18,6 +18,22 @@ MISTAKEN = 2  # as argparse has it
 FAILED = 1
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one that the text does not explain itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
+        if (
+            action.default is None
+            or action.default is False
+            or action.default == ""
+            or "(default:" in (action.help or "")
+        ):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `t2s-pref`."""
     parser = argparse.ArgumentParser(
@@ -28,9 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, description: str) -> argparse.ArgumentParser:
-        new = added.add_parser(
-            name, help=text, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        new = added.add_parser(name, help=text, description=description, formatter_class=_Help)
         new.set_defaults(run=getattr(commands, name))
         return new
 
@@ -48,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dedup-rejects",
         nargs="?",
         const="exact",
-        default="none",
         choices=DEDUPS,
-        help="drop rejects of a row that repeat, as text or after normalisation; exact where no value is given",
+        help="drop rejects of a row that repeat, as text or after normalisation; exact where no value is given "
+        "(default: none, and normalized with --databases)",
     )
     data.add_argument("--dialect", default="sqlite", help="SQL dialect, by its sqlglot name")
     _add_sampling(reject, "candidates sampled a row; with --databases, proven rejects wanted a row")

@@ -37,14 +37,16 @@ def reject(args: argparse.Namespace) -> None:
                 raise UserError(f"--{name.replace('_', '-')} needs --databases.")
         if args.select != "first":
             raise UserError(f"--select {args.select} needs --databases.")
+    # what is wanted with databases are so many distinct ones
+    dedup = args.dedup_rejects or ("normalized" if args.databases else "none")
     settings = _settings(args)
     engine = _engine(args)
     rows = _rows(args)
     rows = generate_rejected(rows, engine, settings, cache_dir=args.cache_dir, **proving)
     if rank() > 0:
         return
-    pairs = explode_rejected(rows, args.dedup_rejects, args.dialect, cache_dir=args.cache_dir, **chosen)
-    print(summary(rows, args.dedup_rejects, args.dialect, cache_dir=args.cache_dir, **chosen))
+    pairs = explode_rejected(rows, dedup, args.dialect, cache_dir=args.cache_dir, **chosen)
+    print(summary(rows, dedup, args.dialect, cache_dir=args.cache_dir, **chosen))
     print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name)}")
 
 

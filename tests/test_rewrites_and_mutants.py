@@ -35,7 +35,7 @@ from mutants import mutants
 from rewrites import ADDED, PERMUTED, rewrites
 
 from t2s_pref import verify_rejected
-from t2s_pref.verdicts import AMBIGUOUS, GOLD_USABLE, VERDICTS, WRONG
+from t2s_pref.verdicts import AMBIGUOUS, GOLD_USABLE, VERDICTS, WRONG, WRONG_RESULT
 
 MOST = 50  # of a kind that are verified
 SHUFFLES = 6
@@ -230,6 +230,10 @@ def test_mutants_that_return_something_else_are_caught(bench, judged_mutants):
     print(f"{len(clear)} differ in every reading, {len(clear) - len(overlooked)} of them caught", *overlooked, sep="\n")
     assert len({each.case.kind for each in differing}) >= 10
     assert len(caught) >= 0.9 * len(differing)
+    ran = [each for each in differing if each.verdict not in set(WRONG) - {WRONG_RESULT}]
+    by_result = sum(each.verdict == WRONG_RESULT for each in ran)
+    print(f"{len(ran)} of those that differ run, {by_result} of them are {WRONG_RESULT}")
+    assert by_result >= 0.9 * len(ran)
     assert len(overlooked) <= 0.01 * len(clear)
 
 

@@ -345,6 +345,18 @@ def test_a_tie_of_two_is_found_every_time(music, cache_dir):
     assert set(found["gold_verdict"]) == {"gold_nondeterministic"}
 
 
+def test_chance_is_the_same_each_time(music, tmp_path):
+    rejects = [
+        "SELECT random()",
+        "SELECT name FROM singer ORDER BY random() LIMIT 2",
+        "SELECT random(), id FROM singer",
+    ]
+    found = [verify_rejected(rows((GOLD, rejects)), music, cache_dir=tmp_path / str(number)) for number in range(2)]
+    assert found[0][:] == found[1][:]
+    assert len(set(found[0]["result_digest"][0])) == 3
+    assert set(found[0]["verdict"][0]) == {"ambiguous"}
+
+
 def instances(folder, *scripts):
     """A folder whose database `music` has these instances; the first is the one of its own name."""
     for number, script in enumerate(scripts):
