@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 
 GRACE = 0.5  # seconds after a deadline until the process is killed
 LONGEST = 86_400  # seconds that a statement may be given
+END = 5.0  # seconds to wait for a process that was killed
 START = 60.0  # seconds for a process to say that it is ready, imports included
 LONGEST_ANSWER = 1 << 20
 READ = 1 << 16
@@ -139,7 +140,8 @@ class _Worker:
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a read from a dead disk, it ends with that
+            self.process.wait(END)
 
     def send(self, message: dict[str, Any], seconds: float) -> None:
         self.unsent = json.dumps(message).encode() + b"\n"

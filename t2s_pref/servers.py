@@ -42,6 +42,7 @@ INSTALL = "pip install 't2s_pref[servers]'"
 EXACT = 2**53  # integers up to it are floats without loss
 LARGEST = 300  # digits of an integer that a float can still be compared with
 ABSENT = (1044, 1049)  # MySQL's: access denied to a database, unknown database
+RAND_MAX = 0x3FFFFFFF  # of MySQL's generator
 RESET = 0x1F  # COM_RESET_CONNECTION: variables, locks, temporary tables, prepared statements of a session
 
 # The first word of what may be sent, after comments and parentheses.
@@ -188,7 +189,8 @@ class ServerDatabase:
             self._say(f"BEGIN READ ONLY; {limits}")
             return
         limit = f"max_statement_time = {milliseconds / 1000}" if self.maria else f"max_execution_time = {milliseconds}"
-        self._say(f"SET SESSION {limit}, rand_seed1 = {seed + 1}, rand_seed2 = {seed + 1_000_003}")
+        seeds = ((seed + 1) * 0x10001 + 55_555_555, (seed + 1) * 0x10000001)  # as RAND(n) makes them
+        self._say(f"SET SESSION {limit}, rand_seed1 = {seeds[0] % RAND_MAX}, rand_seed2 = {seeds[1] % RAND_MAX}")
         self._say("START TRANSACTION READ ONLY")
 
     def _stream(self, sql: str) -> tuple[int, Iterator[tuple]]:

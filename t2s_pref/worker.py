@@ -28,8 +28,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # -I keeps even the script's own folder from the path
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # -I keeps even the script's own folder from the path; last, for nothing there is to shadow
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from t2s_pref import verdicts
 from t2s_pref.compare import Rows, bird_equal, compare, digest, spider_equal

@@ -168,6 +168,16 @@ def test_what_a_statement_sets_is_gone_before_the_next(database, kind):
         assert database.run("SELECT @mine, is_free_lock('t2s')", 5).rows == [(None, 1)]
 
 
+def test_random_numbers_start_at_a_seed_and_their_negatives_order_rows_the_other_way(database, kind):
+    chance = "random()" if kind == "postgres" else "rand()"
+    orders = [
+        [database.run(f"SELECT id FROM book ORDER BY {sign}{chance}", 5, seed=seed).rows for sign in ("", "-", "")]
+        for seed in range(8)
+    ]
+    assert all(one == again == list(reversed(other)) for one, other, again in orders)
+    assert len({str(one) for one, _, _ in orders}) > 2
+
+
 def test_a_statement_that_takes_too_long_is_stopped_by_the_server_too(database, kind, url):
     start = time.monotonic()
     assert outcome(database, FOREVER[kind], seconds=1.0) == "timeout"
