@@ -63,8 +63,8 @@ def compare(gold: Rows, candidate: Rows, ordered: bool) -> tuple[str, str]:
     ORDER BY). 1 equals 1.0, NULL only NULL; '1' is not 1.
 
     The reason is the one leniency, of `RUNGS`, that explains the difference alone, the first of those that do, or
-    "several"; "budget" where the search took too many steps; "empty", "null" or "zero" where results that are equal
-    are too little to tell.
+    "several"; "budget" where the search took too many steps; "empty", "null" or "zero" for a gold's result that is too
+    little to tell, beside another such: the greatest of no rows is one NULL, and the first of them no row.
 
     >>> compare(Rows(1, [(1,), (2,)]), Rows(1, [(2,), (1.0,)]), ordered=False)
     ('equivalent', '')
@@ -73,11 +73,9 @@ def compare(gold: Rows, candidate: Rows, ordered: bool) -> tuple[str, str]:
     >>> compare(Rows(1, [(1,)]), Rows(1, [(2,)]), ordered=False)
     ('wrong_result', '')
     """
-    if not gold.rows and not candidate.rows:
-        return WEAK, "empty"
+    if (little := _says_little(gold)) and _says_little(candidate):
+        return WEAK, little
     if strict_equal(gold, candidate, ordered):
-        if gold.width == 1 and len(gold.rows) == 1 and gold.rows[0][0] in (None, 0):
-            return WEAK, "null" if gold.rows[0][0] is None else "zero"
         return EQUIVALENT, ""
     if not gold.rows or not candidate.rows or gold.width > candidate.width:
         return WRONG_RESULT, ""
@@ -92,6 +90,15 @@ def compare(gold: Rows, candidate: Rows, ordered: bool) -> tuple[str, str]:
     except _OutOfStepsError:
         return AMBIGUOUS, BUDGET
     return AMBIGUOUS, SEVERAL
+
+
+def _says_little(result: Rows) -> str:
+    """What a result is that nothing can be told from, or the empty string."""
+    if not result.rows:
+        return "empty"
+    if len(result.rows) > 1 or any(cell is not None and cell != 0 for cell in result.rows[0]):
+        return ""
+    return "null" if set(result.rows[0]) == {None} else "zero"
 
 
 def strict_equal(gold: Rows, candidate: Rows, ordered: bool) -> bool:
@@ -228,7 +235,7 @@ class _Fit(NamedTuple):
     absolute: float = 0.0
 
     def close(self, gold: Any, candidate: Any) -> bool:
-        """Whether two numbers agree. An integer is never a rounding: 3 for 3.5 is integer division."""
+        """Whether two numbers agree. 4 is a rounding of 3.5, but 3 is not: it is what integer division makes of it."""
         floats = (type(gold) is float) + (type(candidate) is float)
         if not floats and self.factor != 1:
             return gold == candidate == 0
@@ -238,9 +245,12 @@ class _Fit(NamedTuple):
         if not floats or isinf(scaled) or isinf(candidate):
             return False
         difference, larger = abs(scaled - candidate), max(abs(scaled), abs(candidate))
-        if floats == 2:
-            return difference <= max(self.relative * larger, self.absolute, TINY)
-        return difference <= max(SAME * larger, TINY)
+        if difference <= max(self.relative * larger, TINY):
+            return True
+        if difference > self.absolute:
+            return False
+        whole = gold if type(gold) is int else candidate
+        return floats == 2 or self.factor != 1 or difference != 0.5 or abs(whole) == larger
 
     def reach(self, gold: Any) -> tuple[float, float]:
         """Between which numbers all lie that are close to a gold's."""
@@ -369,10 +379,9 @@ class _Search:
             relative, absolute = SAME, 0.0
             if ROUNDING in self.lenient:
                 relative = SIX_DIGITS
-                if gold.has_floats and candidate.has_floats:
-                    shift = {1: 0, 100: 2, 0.01: -2}[factor]
-                    decimals = max(0, min(gold.decimals - shift, candidate.decimals))
-                    absolute = 0.5 * 10.0**-decimals * (1 + SAME)
+                shift = {1: 0, 100: 2, 0.01: -2}[factor]
+                decimals = max(0, min(gold.decimals - shift, candidate.decimals))
+                absolute = 0.5 * 10.0**-decimals * (1 + SAME)
             fit = _Fit(other, True, factor, relative, absolute)
             if (factor == 1 and gold.numbers == candidate.numbers) or (
                 fit.spans(gold, candidate) and self._cover(gold.numbers, candidate.numbers, [fit])

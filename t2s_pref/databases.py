@@ -21,6 +21,9 @@ DatabasesLike = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str] | l
 
 SUFFIXES = (".sqlite", ".sqlite3", ".db")
 PLACEHOLDER = "{db_id}"
+EXPECTED = "databases are a folder of <db_id>/<db_id>.sqlite, a SQLite file, a mapping from db_id, or a URL"
+HEADER = b"SQLite format 3\0"
+SHOWN = 10  # names in an error
 # A file with one of these beside it, not empty, holds changes that the file itself lacks.
 LIVE = ("-wal", "-journal")
 
@@ -99,25 +102,33 @@ class Databases:
         return None if any(None in of for of in hashes.values()) else hashes
 
     def _find(self, given: DatabasesLike, db_ids: list[str | None], memo: Path | None) -> None:
-        places = {db_id: _places(given, db_id) for db_id in db_ids}
+        try:
+            places = {db_id: _places(given, db_id) for db_id in db_ids}
+        except OSError as error:
+            raise UserError(f"The databases cannot be read: {one_line(error)}.") from error
         urls = {place for of in places.values() for place in of if _is_url(place)}
         missing = [db_id for db_id, of in places.items() if not of]
         if missing and len(missing) == len(places):
             raise UserError(_nothing_found(given, missing[0]))
         if missing:
+            example = next((repr(db_id) for db_id in missing if db_id is not None), "rows without a db_id")
             logger.warning(
-                "%d of %d databases were not found (%r is one); their rows cannot be judged.",
-                *(len(missing), len(places), missing[0]),
+                "%d of %d databases were not found (%s); their rows cannot be judged.",
+                *(len(missing), len(places), example),
             )
         self._dialects = {db_id: _dialect(db_id, of) for db_id, of in places.items()}
         if not urls and self.version is not None:
             raise UserError("database_version is for servers; the content of SQLite files is hashed.")
-        files = {place: self._settled(Path(place)) for of in places.values() for place in of if place not in urls}
-        copies = {file for file in files.values() if file.is_relative_to(self._copies.name)}
         try:
-            hashes = remembered_hashes(set(files.values()) - copies, memo) | remembered_hashes(copies, None)
+            files = {place: self._settled(Path(place)) for of in places.values() for place in of if place not in urls}
+            others = [place for place, file in files.items() if not _is_sqlite(file)]
         except OSError as error:
             raise UserError(f"A database cannot be read: {one_line(error)}.") from error
+        if others and len(others) == len(files):
+            more = f", and neither are {len(others) - 1} others" if len(others) > 1 else ""
+            raise UserError(f"{others[0]!r} is no SQLite database{more}; {EXPECTED}.")
+        copies = {file for file in files.values() if file.is_relative_to(self._copies.name)}
+        hashes = remembered_hashes(set(files.values()) - copies, memo) | remembered_hashes(copies, None)
         for db_id, of in places.items():
             self._found[db_id] = tuple(
                 Instance(place, _server_content(place, self.version), server=True)
@@ -157,10 +168,18 @@ def _places(given: DatabasesLike, db_id: str | None) -> list[str]:
     """Paths or URLs of the instances of a database, the one of its own name first."""
     if isinstance(given, Mapping):
         value = given.get(db_id) if db_id is not None else None
-        if isinstance(value, list | tuple):
-            return [place for each in value for place in _places(each, None)]
-        return [] if value is None else _places(value, None)
-    text = os.fspath(given)
+        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        return [place for each in values for place in _in_place(each, db_id, None)]
+    # A db_id comes with the data, from anywhere: it names a folder in this one and nothing else.
+    odd = not db_id or db_id in (".", "..") or set(db_id) & set("/\\\0") or len(db_id.encode()) > LONGEST_NAME
+    return _in_place(given, db_id, "" if odd else db_id)
+
+
+def _in_place(place: str | os.PathLike[str], db_id: str | None, name: str | None) -> list[str]:
+    """What a file, a URL or a folder holds of a database: in a folder what has that name, or all where it is `None`."""
+    if not isinstance(place, str | os.PathLike):
+        raise UserError(f"databases is {place!r}; {EXPECTED}.")
+    text = os.fspath(place)
     if _is_url(text):
         if PLACEHOLDER not in text:
             return [text]
@@ -169,26 +188,37 @@ def _places(given: DatabasesLike, db_id: str | None) -> list[str]:
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
-        raise UserError(f"{text!r} is neither a file nor a folder; databases are a folder, a file, a mapping or a URL.")
-    # A db_id comes with the data, from anywhere: it names a folder in this one and nothing else.
-    if not db_id or db_id in (".", "..") or set(db_id) & set("/\\\0") or len(db_id.encode()) > LONGEST_NAME:
-        return []
-    inside = path / db_id
-    if inside.is_dir():
+        raise UserError(f"{text!r} is neither a file nor a folder; {EXPECTED}.")
+    inside = path if name is None else path / name
+    if name == "":
+        files = []
+    elif inside.is_dir():
         files = sorted(file for file in inside.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
         files.sort(key=lambda file: file.stem != db_id)
     else:
-        files = [file for suffix in SUFFIXES if (file := path / f"{db_id}{suffix}").is_file()]
+        files = [file for suffix in SUFFIXES if (file := path / f"{name}{suffix}").is_file()]
     return [str(file) for file in files]
 
 
 def _nothing_found(given: DatabasesLike, db_id: str | None) -> str:
     if isinstance(given, Mapping):
-        return f"No database for {db_id!r}; the mapping has {sorted(given)[:10]}."
-    place = "the URL" if _is_url(os.fspath(given)) else repr(os.fspath(given))  # a URL may hold a password
+        return f"No database for {db_id!r}; the mapping has {sorted(map(str, given))[:SHOWN]}."
+    if _is_url(os.fspath(given)):  # not shown: it may hold a password
+        return "The rows have no column 'db_id', and the URL wants one; add the column, or write a name into the URL."
+    folder = Path(os.fspath(given)).expanduser()
     if not db_id:
-        return f"The rows have no column 'db_id', and {place} holds several databases; add the column, or name one."
-    return f"No database for {db_id!r} in {place}; expected {db_id}/{db_id}.sqlite in it."
+        return f"The rows have no column 'db_id' to choose among what {str(folder)!r} holds; add it, or name one file."
+    children = sorted(child for child in folder.iterdir() if child.is_dir() or child.suffix.lower() in SUFFIXES)
+    found = f"No database for {db_id!r} in {str(folder)!r}; expected {db_id}/{db_id}.sqlite in it"
+    if deeper := next((child for child in children if child.is_dir() and _in_place(child, db_id, db_id)), None):
+        return f"{found}, and found that in {str(deeper)!r}."
+    return f"{found}, and found {[child.name for child in children][:SHOWN] or 'nothing'}."
+
+
+def _is_sqlite(file: Path) -> bool:
+    """Whether a file begins as a database does; an empty one is a database without tables."""
+    with open(file, "rb") as opened:
+        return opened.read(len(HEADER)) in (HEADER, b"")
 
 
 def _is_url(text: str) -> bool:
@@ -197,11 +227,14 @@ def _is_url(text: str) -> bool:
 
 def _dialect(db_id: str | None, places: list[str]) -> str:
     """The dialect of a database's engine, checked to be one for all its instances, and to have what it needs."""
-    backends = {place.partition("://")[0].partition("+")[0] if _is_url(place) else "sqlite" for place in places}
-    if backends <= {"sqlite"}:
+    backends = {place.partition("://")[0].partition("+")[0] if _is_url(place) else None for place in places}
+    if backends <= {None}:
         return "sqlite"
+    if "sqlite" in backends:
+        raise UserError(f"SQLite files are given by their paths, without sqlite://; {EXPECTED}.")
     if len(backends) > 1:
-        raise UserError(f"The instances of {db_id!r} are on {', '.join(sorted(backends))}; one engine must run all.")
+        kinds = ", ".join(sorted(backend or "files" for backend in backends))
+        raise UserError(f"The instances of {db_id!r} are {kinds}; one engine must run all.")
     (backend,) = backends
     if backend not in DIALECTS:
         raise UserError(f"{backend!r} is not a server known here; use one of {', '.join(DIALECTS)}, or a SQLite file.")
@@ -224,5 +257,6 @@ def _server_content(url: str, version: str | None) -> str | None:
     except (ArgumentError, ValueError) as error:  # what it quotes may be a part of the password
         raise UserError("The URL of the databases is none; expected dialect://user:password@host/database.") from error
     known = (address.get_backend_name(), address.username, address.host, address.port, address.database)
-    options = sorted((name, value) for name, value in address.query.items() if name != "password")
+    # `passwd` and `sslpassword` are passwords too
+    options = sorted((name, value) for name, value in address.query.items() if "pass" not in name)
     return hash_parts([repr((known, options, version)).encode()])

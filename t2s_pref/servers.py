@@ -109,7 +109,8 @@ class ServerDatabase:
             address = _with_driver(make_url(url))
         except Exception as error:  # what it quotes of a URL that is none may be a part of the password
             raise Failed(verdicts.UNREACHABLE, "no URL like dialect://user:password@host/database") from error
-        self._secrets = [str(part) for part in (address.password, address.query.get("password")) if part]
+        options = [value for name, value in address.query.items() if "pass" in name]
+        self._secrets = [str(part) for part in (address.password, *options) if part]
         try:
             self.postgres = address.get_backend_name() == "postgresql"
             options: dict[str, Any] = {"connect_timeout": CONNECT}

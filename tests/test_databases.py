@@ -44,6 +44,13 @@ def count(databases, cache_dir, **columns):
     return verify_rejected(rows, databases, cache_dir=cache_dir)["verdict"][0][0]
 
 
+def without_roots_powers():
+    """Give up writing to what is read-only, for the process that is started: CAP_DAC_OVERRIDE and its like."""
+    libc = ctypes.CDLL(None)
+    for power in (1, 2):
+        libc.prctl(24, power, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
 def test_each_layout_is_understood(tmp_path):
     make(tmp_path / "spider" / "car" / "car.sqlite")
     make(tmp_path / "spider" / "car" / "a_second.db")
@@ -91,9 +98,65 @@ def test_what_is_not_there_is_said_in_one_line(given, db_id, message, tmp_path):
     assert "pw" not in str(caught.value)
 
 
-def test_what_is_no_database_makes_its_rows_unverified(tmp_path, cache_dir):
-    (tmp_path / "text.sqlite").write_text("not a database at all, but long enough to be looked at" * 9)
-    assert count(tmp_path / "text.sqlite", cache_dir) == "unverified"
+def test_a_file_that_is_no_database_is_refused_alone_and_unverified_among_others(tmp_path, cache_dir):
+    text, path = tmp_path / "in" / "text.sqlite", make(tmp_path / "in" / "x.sqlite")
+    text.write_text("not a database at all, but long enough to be looked at" * 9)
+    with pytest.raises(UserError, match=r"text\.sqlite' is no SQLite database; databases are"):
+        count(text, cache_dir)
+    path.write_bytes(path.read_bytes()[:16] + b"broken" * 999)
+    rows = Dataset.from_dict(
+        {"db_id": ["x", "text"], "output": ["SELECT 1"] * 2, "rejected": [["SELECT 2", "SELECT a FROM t"]] * 2}
+    )
+    found = verify_rejected(rows, tmp_path / "in", cache_dir=cache_dir)
+    assert found["verdict"][:] == [["unverified"] * 2] * 2
+    assert found["gold_verdict"][:] == ["no_database"] * 2
+
+
+def test_a_folder_too_high_or_another_spelling_is_answered_with_what_is_there(tmp_path):
+    make(tmp_path / "spider" / "database" / "car" / "car.sqlite")
+    with pytest.raises(
+        UserError, match=r"in '.*spider'; expected car/car\.sqlite in it, and found that in '.*database'"
+    ):
+        Databases(tmp_path / "spider", ["car"])
+    with pytest.raises(UserError, match=r"expected Car/Car\.sqlite in it, and found \['car'\]\."):
+        Databases(tmp_path / "spider" / "database", ["Car"])
+
+
+def test_the_folders_and_urls_of_a_mapping_are_those_of_their_database(tmp_path):
+    for name in ("car.sqlite", "another.db"):
+        make(tmp_path / "cars" / name)
+    assert found({"car": tmp_path / "cars"}, "car") == [["car.sqlite", "another.db"]]
+    with Databases({"car": "postgresql://h/{db_id}"}, ["car"]) as databases:
+        assert databases["car"][0].address == "postgresql://h/car"
+
+
+@pytest.mark.parametrize("given", [None, 7, b"x", {"a": 7}, {"a": [None]}, "sqlite:///x.db", {"a": "sqlite:///x.db"}])
+def test_what_is_no_place_is_refused_with_what_is(given):
+    with pytest.raises(UserError, match="databases are a folder of <db_id>/<db_id>.sqlite, a SQLite file") as refused:
+        Databases(given, ["a"])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_that_may_not_be_read_is_said_in_one_line(tmp_path):
+    make(tmp_path / "in" / "car" / "car.sqlite")
+    code = (
+        "from t2s_pref import UserError, audit_golds; from datasets import Dataset; import sys\n"
+        "try: audit_golds(Dataset.from_dict({'db_id': ['car'], 'output': ['SELECT 1']}), sys.argv[1])\n"
+        "except UserError as error: print(error)"
+    )
+    (tmp_path / "in" / "car").chmod(0o000)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "in")],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=REPOSITORY,
+            preexec_fn=without_roots_powers,
+        )
+    finally:
+        (tmp_path / "in" / "car").chmod(0o700)
+    assert done.stdout.startswith("The databases cannot be read: PermissionError")
 
 
 def test_the_content_counts_and_not_the_place(tmp_path):
@@ -169,7 +232,12 @@ def test_half_a_transaction_that_a_crash_left_is_not_seen(tmp_path, cache_dir):
 
 def test_a_servers_content_has_a_name_only_if_the_user_gives_one(caplog):
     caplog.set_level(logging.DEBUG)
-    urls = ["postgresql://me:s3cret@h:5432/{db_id}", "mysql://me@h/{db_id}?password=s3cret"]
+    options = "passwd=s3cret&ssl_key_password=s3cret"
+    urls = [
+        "postgresql://me:s3cret@h:5432/{db_id}",
+        "mysql://me@h/{db_id}?password=s3cret",
+        f"mysql://h/{{db_id}}?{options}",
+    ]
     for url in urls:
         with Databases(url, ["a b/c"]) as databases:
             assert databases.contents is None
@@ -285,13 +353,6 @@ except PermissionError:
 rows = Dataset.from_dict({"output": ["SELECT 2"], "rejected": [["SELECT count(*) FROM t"]]})
 print(verify_rejected(rows, sys.argv[1], cache_dir=sys.argv[2])["verdict"][:])
 """
-
-
-def without_roots_powers():
-    """Give up writing to what is read-only, for the process that is started: CAP_DAC_OVERRIDE and its like."""
-    libc = ctypes.CDLL(None)
-    for power in (1, 2):
-        libc.prctl(24, power, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["plain", "live log"])
