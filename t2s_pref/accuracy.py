@@ -26,8 +26,17 @@ from t2s_pref.generate import generate_rejected
 from t2s_pref.pool import Bounds, Job, Task, WorkerPool
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT, SamplingSettings
 from t2s_pref.trees import without_distinct
-from t2s_pref.verdicts import EQUIVALENT, GOLD_USABLE, WEAK
-from t2s_pref.verifier import Question, Verifier, as_candidate, as_gold, of_candidate, of_golds, of_instances
+from t2s_pref.verdicts import GOLD_USABLE
+from t2s_pref.verifier import (
+    Question,
+    Verifier,
+    as_candidate,
+    as_gold,
+    of_candidate,
+    of_golds,
+    of_instances,
+    statement_of,
+)
 from t2s_pref.verify import open_verifier, question
 
 MEASURES = ("strict", "bird", "spider")
@@ -145,8 +154,8 @@ def score(
 
 def _task(judge: Verifier, asked: Question, texts: list[str]) -> Task[tuple[str, Scores]]:
     dialect = judge.databases.dialect(asked.db_id)
-    golds = [as_gold(text, dialect) for text in asked.golds]
-    candidates = [as_candidate(text, dialect) for text in texts if text]
+    golds = [as_gold(statement_of(text), dialect) for text in asked.golds]
+    candidates = [as_candidate(statement_of(text), dialect) for text in texts if text]
     plain = [[each._replace(sql=without_distinct(each.sql, dialect)) for each in of] for of in (golds, candidates)]
     of_all: list[tuple[str, str]] = []
     answers: list[list[dict[str, Any]]] = [[] for _ in candidates]
@@ -167,8 +176,7 @@ def _task(judge: Verifier, asked: Question, texts: list[str]) -> Task[tuple[str,
     scores: Scores = {"": {"verdict": NO_ANSWER, **dict.fromkeys(MEASURES, False)}}
     for text, of in zip((text for text in texts if text), answers, strict=True):
         found = of_candidate(of)["verdict"]
-        measures = {name: bool(of) and all(each[name] for each in of) for name in ("bird", "spider")}
-        scores[text] = {"verdict": found, "strict": found in (EQUIVALENT, WEAK), **measures}
+        scores[text] = {"verdict": found, **{name: bool(of) and all(each[name] for each in of) for name in MEASURES}}
     return verdict, scores
 
 

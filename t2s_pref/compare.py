@@ -33,7 +33,7 @@ ROUNDING, AS_TEXT, CASE, BLANK, PERCENT = (
 RUNGS = (ORDER, DUPLICATES, PERMUTED, EXTRA, ROUNDING, AS_TEXT, CASE, BLANK, PERCENT)
 EVERY = frozenset(RUNGS)
 OF_KEYS = frozenset((AS_TEXT, CASE, BLANK))  # these concern a cell alone
-SEVERAL, BUDGET = "several", "budget"
+SEVERAL, BUDGET, TURNED = "several", "budget", "rows as columns"
 
 STEPS = 4_000_000  # in one comparison, of a quarter to half a microsecond
 SIX_DIGITS = 5e-6  # the largest relative difference of two numbers that agree in 6 significant digits
@@ -44,7 +44,7 @@ FACTORS = (1, 100, 0.01)
 NUMBERS = frozenset((int, float))
 PLAIN = frozenset((int, NoneType))
 
-_NUMBER = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII)
+_NUMBER = re.compile(r"([+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?)\s?%?", re.ASCII)
 _NAN = ("nan",)
 _NUM = ("number",)  # stands for any number where numbers are compared apart
 
@@ -57,6 +57,22 @@ class Rows(NamedTuple):
 
 
 def compare(gold: Rows, candidate: Rows, ordered: bool) -> tuple[str, str]:
+    """The verdict on a candidate's result, and the reason for a doubt, as of [`in_place`].
+
+    A row of several values may also be meant as the rows of one value each that it would be if turned.
+    """
+    verdict, reason = in_place(gold, candidate, ordered)
+    if verdict == WRONG_RESULT:
+        for one, other in ((gold, candidate), (candidate, gold)):
+            if one.width == 1 < len(one.rows) == other.width and len(other.rows) == 1:
+                turned = Rows(other.width, [tuple(cell for (cell,) in one.rows)])
+                sides = (turned, other) if one is gold else (other, turned)
+                if in_place(*sides, False)[0] != WRONG_RESULT:
+                    return AMBIGUOUS, TURNED
+    return verdict, reason
+
+
+def in_place(gold: Rows, candidate: Rows, ordered: bool) -> tuple[str, str]:
     """The verdict on a candidate's result, and the reason for a doubt.
 
     Strict: as many columns, the same rows by position as a bag, in order if `ordered` (the gold's outermost query has
@@ -66,11 +82,11 @@ def compare(gold: Rows, candidate: Rows, ordered: bool) -> tuple[str, str]:
     "several"; "budget" where the search took too many steps; "empty", "null" or "zero" for a gold's result that is too
     little to tell, beside another such: the greatest of no rows is one NULL, and the first of them no row.
 
-    >>> compare(Rows(1, [(1,), (2,)]), Rows(1, [(2,), (1.0,)]), ordered=False)
+    >>> in_place(Rows(1, [(1,), (2,)]), Rows(1, [(2,), (1.0,)]), ordered=False)
     ('equivalent', '')
-    >>> compare(Rows(1, [(0.333,)]), Rows(2, [("a", 33.3)]), ordered=False)
+    >>> in_place(Rows(1, [(0.333,)]), Rows(2, [("a", 33.3)]), ordered=False)
     ('ambiguous', 'several')
-    >>> compare(Rows(1, [(1,)]), Rows(1, [(2,)]), ordered=False)
+    >>> in_place(Rows(1, [(1,)]), Rows(1, [(2,)]), ordered=False)
     ('wrong_result', '')
     """
     if (little := _says_little(gold)) and _says_little(candidate):
@@ -170,11 +186,11 @@ def _key(cell: Any, lenient: frozenset[str]) -> Any:
         text = cell.strip()
         if BLANK in lenient and not text:
             return None
-        if AS_TEXT in lenient and _NUMBER.fullmatch(text):
+        if AS_TEXT in lenient and (number := _NUMBER.fullmatch(text)):
             try:
-                return int(text)
+                return int(number[1])
             except ValueError:
-                return float(text)
+                return float(number[1])
         return text.casefold() if CASE in lenient else cell
     if isinstance(cell, float) and cell != cell:
         return _NAN
@@ -182,7 +198,10 @@ def _key(cell: Any, lenient: frozenset[str]) -> Any:
 
 
 def _decimals(value: float) -> int:
-    if value != value or isinf(value) or value.is_integer():
+    if value != value or isinf(value):
+        return 0
+    value = float(f"{value:.12g}")  # 0.29 * 100 is 28.999999999999996: such noise is no precision
+    if value.is_integer():
         return 0
     mantissa, _, exponent = repr(value).partition("e")
     return max(0, len(mantissa.partition(".")[2]) - int(exponent or 0))
@@ -233,9 +252,13 @@ class _Fit(NamedTuple):
     factor: float = 1
     relative: float = 0.0
     absolute: float = 0.0
+    cut: bool = False  # whether the gold's may be quotients without their fractions
 
     def close(self, gold: Any, candidate: Any) -> bool:
-        """Whether two numbers agree. 4 is a rounding of 3.5, but 3 is not: it is what integer division makes of it."""
+        """Whether two numbers agree. 4 is a rounding of 3.5, but 3 is not: it is what integer division makes of it.
+
+        A gold of integers may have been divided so itself: where it says 3, 3.7 may be meant.
+        """
         floats = (type(gold) is float) + (type(candidate) is float)
         if not floats and self.factor != 1:
             return gold == candidate == 0
@@ -247,17 +270,18 @@ class _Fit(NamedTuple):
         difference, larger = abs(scaled - candidate), max(abs(scaled), abs(candidate))
         if difference <= max(self.relative * larger, TINY):
             return True
-        if difference > self.absolute:
+        if self.cut and int(candidate) == gold:
+            return True
+        if type(candidate) is int and self.factor == 1 and difference == 0.5 and abs(candidate) < larger:
             return False
-        whole = gold if type(gold) is int else candidate
-        return floats == 2 or self.factor != 1 or difference != 0.5 or abs(whole) == larger
+        return difference <= self.absolute
 
     def reach(self, gold: Any) -> tuple[float, float]:
         """Between which numbers all lie that are close to a gold's."""
         scaled = gold * self.factor
         if isinf(scaled):
             return scaled, scaled
-        wide = max(2 * max(self.relative, SAME) * abs(scaled), self.absolute, TINY)
+        wide = max(2 * max(self.relative, SAME) * abs(scaled), self.absolute, float(self.cut), TINY)
         return scaled - wide, scaled + wide
 
     def spans(self, gold: _Column, candidate: _Column) -> bool:
@@ -382,7 +406,8 @@ class _Search:
                 shift = {1: 0, 100: 2, 0.01: -2}[factor]
                 decimals = max(0, min(gold.decimals - shift, candidate.decimals))
                 absolute = 0.5 * 10.0**-decimals * (1 + SAME)
-            fit = _Fit(other, True, factor, relative, absolute)
+            cut = absolute > 0 and factor == 1 and not gold.has_floats
+            fit = _Fit(other, True, factor, relative, absolute, cut)
             if (factor == 1 and gold.numbers == candidate.numbers) or (
                 fit.spans(gold, candidate) and self._cover(gold.numbers, candidate.numbers, [fit])
             ):

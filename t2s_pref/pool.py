@@ -64,12 +64,13 @@ class Bounds:
 class Gold(NamedTuple):
     """An accepted gold: its SQL, whether its top level is ordered, and how to find out whether the data determine it.
 
-    `volatile` names a construct that changes with time or chance. A gold that is `proven` is not probed again.
+    `volatile` says why it may change with time or chance. A gold that is `proven` is not probed again.
     """
 
     sql: str
     ordered: bool = False
     probes: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
     volatile: str = ""
     proven: bool = False
 
@@ -79,6 +80,7 @@ class Candidate(NamedTuple):
 
     sql: str
     probes: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
     volatile: str = ""
 
 
@@ -362,7 +364,15 @@ def _cores() -> int:
 
 
 def _lost(verdict: str, detail: str) -> dict[str, Any]:
-    return {"verdict": verdict, "detail": detail, "digest": "", "rows": 0, "bird": False, "spider": False}
+    return {
+        "verdict": verdict,
+        "detail": detail,
+        "digest": "",
+        "rows": 0,
+        "strict": False,
+        "bird": False,
+        "spider": False,
+    }
 
 
 def _why(worker: _Worker) -> str:

@@ -3,10 +3,8 @@
 A probe is the original text with a few words put in by the places of its tokens. Nothing here raises, whatever the
 text, and a probe that the engine refuses says nothing.
 
-Not covered: a LIMIT over a set operation that is ordered by an expression; a named window that RANK shares with
-ROW_NUMBER; aggregates that depend on the order of rows, such as group_concat (the workers find those in SQLite by
-reversing unordered rows); columns outside of GROUP BY beside min() or max(), which SQLite takes from that row. A LIMIT
-without an order counts as undetermined, even where it cuts an ordered subquery.
+Not covered: what hides in views; subqueries for one value that return several of a grouping. A LIMIT without an order
+counts as undetermined, even where it cuts an ordered subquery.
 """
 
 import re
@@ -29,6 +27,13 @@ _BOUNDS = words("between unbounded current")
 _AFTER_KEY = words("collate asc desc nulls first last")
 _AGGREGATES = words("count sum avg total min max group_concat string_agg json_group_array json_group_object median")
 _ENDS = words("having order limit union intersect except window fetch offset")
+_AFTER_FROM = _ENDS | words("where group")
+MIXES = 4  # pairs of random orders of the tables, in turn with and without ties broken at random as well
+_MAY_MIX = re.compile(
+    r"\b(?:group|limit|fetch|over|min|max|distinct|group_concat|string_agg|array_agg|json\w*_(?:agg|array|object)\w*)\b"
+    r"|[=<>(,]\s*\(?\s*select\b",
+    re.I,
+)
 _OPERATORS = frozenset("+-*/%|=<>.,(")
 
 
@@ -36,12 +41,86 @@ def probes(sql: str, dialect: str = "sqlite") -> tuple[str, ...]:
     """All that is to be run to find out whether the data determine a query's result, in this order.
 
     They come in pairs, of which both are to be run with the same random numbers.
+    [`mixed_probes`] are others, which may cost more than the query.
 
     >>> probes("SELECT a FROM t ORDER BY b")
     ()
     """
     ties = [tie for sign in ("", "-") for tie in tie_probes(sql, dialect, sign)]
     return (*bare_probes(sql, dialect), *PAIRS * ties)
+
+
+def mixed_probes(sql: str, dialect: str = "sqlite") -> tuple[str, ...]:
+    """The query over tables whose rows come in a random order, and in the opposite of that; none where no order counts.
+
+    They find what ties decide wherever it happens: which of a group's rows a column comes from, in what order
+    group_concat has its parts, which row a subquery for one value takes. In pairs, like [`probes`].
+
+    >>> mixed_probes("SELECT name, max(age) FROM t")[0]
+    'WITH t AS (SELECT * FROM main.t ORDER BY RANDOM() LIMIT -1) SELECT name, max(age) FROM t'
+    """
+    if not _MAY_MIX.search(sql):
+        return ()
+    bases = [sql, *tie_probes(sql, dialect)]
+    return tuple(
+        text for pair in range(MIXES) for sign in ("", "-") for text in _mixed(bases[pair % len(bases)], dialect, sign)
+    )
+
+
+def _mixed(sql: str, dialect: str, sign: str) -> list[str]:
+    tokens = sql_tokens(sql, dialect)
+    texts = plain_words(tokens)
+    # without a LIMIT, engines leave out the order of a subquery; SQLite reads `t` there as the CTE, not as the table
+    schema, limit = {"sqlite": ("main.", " LIMIT -1"), "mysql": ("", f" LIMIT {2**64 - 1}")}.get(dialect, ("", ""))
+    order = f"ORDER BY {sign}{_chance(dialect)}{limit}"
+    mixed = ", ".join(f"{name} AS (SELECT * FROM {schema}{name} {order})" for name in _tables(sql, tokens, texts))
+    if not mixed:
+        return []
+    if texts[0] != "with":
+        return [f"WITH {mixed} {sql}"]
+    at = tokens[1 + (texts[1:2] == ["recursive"])].start
+    return [f"{sql[:at]}{mixed}, {sql[at:]}"]
+
+
+def _tables(sql: str, tokens: list[Token], texts: list[str]) -> list[str]:
+    """The names after FROM and JOIN, as written, that the query does not define itself; none where one is qualified."""
+    pairs = pairs_of(texts)
+    own = set()
+    for place, text in enumerate(texts[:-1]):
+        if text == "as" and texts[place + 1] in ("(", "materialized", "not") and place:
+            named = pairs.get(place - 1, place) - 1  # before a list of columns
+            own.add(tokens[named].text.casefold())
+    tables: dict[str, str] = {}
+    for place, text in enumerate(texts):
+        if text not in ("from", "join"):
+            continue
+        starts = [place + 1]
+        if text == "from":
+            starts = [start for start, _ in split_list(texts, place + 1, _from_end(texts, place + 1))]
+        for start in starts:
+            if start >= len(tokens) or texts[start] == "(":
+                continue
+            token, after = tokens[start], texts[start + 1 : start + 2]
+            named = token.token_type in (TokenType.VAR, TokenType.IDENTIFIER) or texts[start].isidentifier()
+            if not named or after in (["."], ["("]):
+                continue
+            if token.text.casefold() not in own:
+                tables.setdefault(token.text.casefold(), sql[token.start : token.end + 1])
+    return list(tables.values())
+
+
+def _from_end(texts: list[str], start: int) -> int:
+    """Where the list of a FROM ends."""
+    depth = 0
+    for place in range(start, len(texts)):
+        depth += (texts[place] == "(") - (texts[place] == ")")
+        if depth < 0 or (depth == 0 and (texts[place].split() or [""])[0] in _AFTER_FROM):
+            return place
+    return len(texts)
+
+
+def _chance(dialect: str) -> str:
+    return "RAND()" if dialect in ("mysql", "tsql") else "RANDOM()"
 
 
 def bare_probes(sql: str, dialect: str = "sqlite") -> list[str]:
@@ -92,8 +171,8 @@ def _bare(tokens: list[Token], texts: list[str], select: int) -> list[tuple[int,
     ]
     if not (group is not None or any(names & _AGGREGATES for names in called)) or "over" in texts[start:origin]:
         return []
-    if any(names & {"min", "max"} for names in called):
-        return []
+    if any(texts[at] in ("min", "max") and texts[at + 1 : at + 2] == ["("] for at in range(start, len(texts))):
+        return []  # SQLite takes the others from the row with the least or the greatest
     names = [_name(tokens, texts, *item) for item in items]
     keys = set()
     for first, last in split_list(texts, group + 1, end) if group is not None else ():
@@ -225,7 +304,7 @@ def _edits(
     sql: str, tokens: list[Token], texts: list[str], level: _Level, end: int, dialect: str, sign: str
 ) -> list[tuple[int, int, str]]:
     """What to put in, and where, so that ties on a level that closes at the token `end` are broken at random."""
-    chance = sign + ("RAND()" if dialect in ("mysql", "tsql") else "RANDOM()")
+    chance = sign + _chance(dialect)
     term = f", {chance} " if level.order is not None else f" ORDER BY {chance} "
     if level.functions:
         at = tokens[end if level.frame is None else level.frame].start

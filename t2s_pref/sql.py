@@ -172,6 +172,45 @@ def extract_sql(answer: str) -> str:
     return ""  # SQL wrapped in SQL this deep is no answer
 
 
+_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_SHORTER = re.compile(r"\n|<[/|]?[a-z_]|\$\$|[}#]|\s(?=[A-Z][a-z]+\s)")
+_SHORTEST = 8  # how many shorter texts are worth a try
+
+
+def uncut_sql(answer: str) -> str:
+    """What stands from where the SQL of an answer begins to the end of its block, or "" where that is the same."""
+    found = extract_sql(answer)
+    at = answer.rfind(found) if found else -1
+    if at < 0 or answer[:at].endswith("`"):  # a statement in quotes ends with them
+        return ""
+    uncut = answer[at:].partition("```")[0].strip().rstrip(_ENDING)
+    return "" if uncut == found.strip().rstrip(_ENDING) else uncut
+
+
+def other_readings(answer: str) -> list[str]:
+    """What else an answer may be meant as, beside the SQL that [`extract_sql`] takes out of it: uncut, or its drafts.
+
+    >>> other_readings("`SELECT a FROM t` would do, better is `SELECT b FROM t`")
+    ['SELECT b FROM t']
+    """
+    text = _without_thoughts(answer)
+    statements = [own_statement(body.strip())[1] for _, body in _blocks(text)]
+    statements += [code.strip() for code in _CODE.findall(text) if statement_start(code.strip()) >= 0]
+    found = dict.fromkeys(each.rstrip(_ENDING) for each in (uncut_sql(answer), *statements) if each)
+    found.pop(extract_sql(answer).strip().rstrip(_ENDING), None)
+    return list(found)
+
+
+def shorter_readings(sql: str) -> list[str]:
+    """What a text that an engine refuses may be without its end: without a tag, a sentence, a table of the result.
+
+    >>> shorter_readings("SELECT a FROM t</sql>")
+    ['SELECT a FROM t']
+    """
+    cuts = [sql[: cut.start()].rstrip(_ENDING) for cut in _SHORTER.finditer(sql)]
+    return list(dict.fromkeys(text for text in cuts[:_SHORTEST] + cuts[-_SHORTEST:] if FROM.search(text)))
+
+
 _WHITE = " \t\n\r\f"  # what SQLite takes as white space: a no-break space is part of a name
 _WHITE_RUN = re.compile(rf"[{_WHITE}]+")
 _ENDING = _WHITE + ";"

@@ -57,6 +57,8 @@ CLAUSES = words(
     "like not distinct all over partition with"
 )
 
+_OPEN = words("is glob regexp collate nulls filter escape")  # nor can a statement end with one of these
+
 # What comes before a statement: white space, comments, opening parentheses.
 _LEAD = re.compile(r"(?:\s+|\(|--[^\n]*|/\*(?s:.*?)(?:\*/|\Z))*")
 _COMMENT = re.compile(r"--[^\n]*|/\*(?s:.*?)\*/")
@@ -134,10 +136,21 @@ _STOP = re.compile(
 )
 
 
+# A clause that is written like a sentence's beginning, and has more of a clause than its first word.
+_TITLED = re.compile(
+    r"""(?:Where|Having)\s+\(*[\w."`\[\]()*]{1,80}\s*(?:[=<>!]|In\s*\(|Like\s*'|Is\s+(?:Not\s+)?Null\b|Between\s+\S{1,40}\s+And\b)
+      | From\s+[\w."`\[\]]{1,80}\s*(?:\Z|[,;)]|\n|(?:As|Where|Join|Group|Order)\b) | (?:Group|Order)\s+By\s | Limit\s+\d
+      | (?:Inner\s+|Left\s+|Cross\s+)?Join\s+\S{1,80}\s | Union\s+(?:All\s+)?Select\b""",
+    re.I | re.X,
+)
+
+
 def _goes_on(text: str, start: int, blank: re.Match[str], titled: bool) -> bool:
     """Whether a statement goes on after a blank line, rather than prose beginning there."""
-    before = text[max(start, blank.start() - 20) : blank.start()].rstrip()
-    if before[-1:] in tuple(",=<>+/|") or re.split(r"\W", before)[-1].lower() in CLAUSES:
+    before = _COMMENT.sub("", text[max(start, blank.start() - 200) : blank.start()]).rstrip()
+    if before[-1:] in tuple(",=<>+/|*%-") or re.split(r"\W", before)[-1].lower() in CLAUSES | _OPEN:
+        return True
+    if _TITLED.match(text, blank.end()):
         return True
     after = blank.end()
     if text[after : after + 1] in tuple(",)=<>+/|") or text.startswith("--", after) or is_statement(text, after):

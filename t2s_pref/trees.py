@@ -50,6 +50,7 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 _EVEN = (exp.Connector, exp.EQ, exp.NEQ, exp.Add, exp.Mul, exp.Union, exp.Intersect)  # their sides may change places
 
 
+@lru_cache(maxsize=64)
 def sql_tokens(sql: str, dialect: str) -> list[Token]:
     """The tokens of a text, without the `;` at its end; none where it cannot be split into them."""
     if len(sql) > LONGEST:

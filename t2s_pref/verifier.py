@@ -13,10 +13,10 @@ from datasets.utils import tqdm
 from t2s_pref import verdicts
 from t2s_pref.databases import Databases
 from t2s_pref.pool import Bounds, Candidate, Gold, Job, Task, WorkerPool
-from t2s_pref.probes import probes
-from t2s_pref.sql import extract_sql, normalize_sql
+from t2s_pref.probes import mixed_probes, probes
+from t2s_pref.sql import extract_sql, normalize_sql, other_readings, shorter_readings, uncut_sql
 from t2s_pref.store import SampleStore, record_key
-from t2s_pref.trees import is_ordered, volatile
+from t2s_pref.trees import is_ordered, sql_tokens, volatile
 from t2s_pref.weights import hash_parts
 
 # Raise it when the same SQL on the same data gets another verdict: what older code found is then not served.
@@ -161,7 +161,13 @@ class Verifier:
         instances = self.databases[question.db_id]
         known = self._get(question)
         dialect = self.databases.dialect(question.db_id)  # what runs; the row's own is how its text is read
-        golds = tuple(as_gold(text, dialect) for text in question.golds)
+        golds = []
+        for text in question.golds:
+            sql = statement_of(text)
+            if instances and (uncut := uncut_sql(text)):  # what the engine takes as it stands was not to be cut
+                outcome = yield Job(instances[0].address, (Gold(uncut, proven=True),), server=instances[0].server)
+                sql = uncut if outcome.golds[0]["verdict"] in verdicts.GOLD_USABLE else sql
+            golds.append(as_gold(sql, dialect))
         verdicts_of_gold: list[tuple[str, str]] = []
         of_texts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
         for place, instance in enumerate(instances):
@@ -174,11 +180,14 @@ class Verifier:
                 verdicts_of_gold.append((before, known["detail"]))
                 continue
             ready = tuple(gold._replace(proven=before is not None) for gold in golds)
-            candidates = tuple(as_candidate(text, dialect) for text in open_texts)
+            candidates = tuple(as_candidate(statement_of(text), dialect) for text in open_texts)
             outcome = yield Job(instance.address, ready, candidates, server=instance.server)
             worst = of_golds(outcome.golds)
             verdicts_of_gold.append(worst)
             if worst[0] in verdicts.GOLD_USABLE:
+                proven = tuple(gold._replace(proven=True) for gold in golds)
+                again = Job(instance.address, proven, server=instance.server)
+                yield from _reread(open_texts, outcome.candidates, again, dialect)
                 for text, answer in zip(open_texts, outcome.candidates, strict=True):
                     if answer["verdict"] == verdicts.MISSING_FUNCTION:  # another version may have it
                         answer["detail"] += f" ({outcome.version})"
@@ -191,13 +200,30 @@ class Verifier:
         return records
 
 
+def _reread(texts: list[str], answers: list[dict[str, Any]], job: Job, dialect: str) -> Task[None]:
+    """Leave in doubt what is wrong only as its SQL was taken out of its text: every other reading must be wrong too."""
+    others: list[tuple[int, str]] = []
+    for place, (text, answer) in enumerate(zip(texts, answers, strict=True)):
+        if answer["verdict"] in verdicts.WRONG:
+            found = other_readings(text)
+            if answer["verdict"] != verdicts.WRONG_RESULT:
+                found += [short for each in (statement_of(text), *found) for short in shorter_readings(each)]
+            others += [(place, each) for each in dict.fromkeys(found)]
+    if not others:
+        return
+    outcome = yield job._replace(candidates=tuple(as_candidate(each, dialect) for _, each in others))
+    for (place, _), answer in zip(others, outcome.candidates, strict=False):
+        if answer["verdict"] in (verdicts.EQUIVALENT, verdicts.WEAK, verdicts.AMBIGUOUS):
+            answers[place] |= {"verdict": verdicts.AMBIGUOUS, "detail": "another reading of its text may be right"}
+
+
 def by_text(text: str, question: Question) -> str:
     """The verdict that a candidate's text alone is enough for, or the empty string."""
     if not text.strip("; \t\r\n"):
         return verdicts.EMPTY
-    sql = extract_sql(text).strip()
-    if not sql:
+    if not extract_sql(text).strip():
         return verdicts.NOT_SQL
+    sql = statement_of(text)
     golds = [statement_of(gold) for gold in question.golds]
     if sql in golds:
         return verdicts.SAME_TEXT
@@ -207,19 +233,26 @@ def by_text(text: str, question: Question) -> str:
 
 def statement_of(text: str) -> str:
     """The SQL of a text that may have more around it; the text itself where none can be told apart."""
-    return extract_sql(text).strip() or text.strip()
+    return (extract_sql(text).strip() or text.strip()).rstrip("; \t\r\n")
 
 
-def as_gold(text: str, dialect: str) -> Gold:
-    """An accepted gold with all that its proof needs; around its SQL there may be prose or a fence."""
-    sql = statement_of(text)
-    return Gold(sql, is_ordered(sql, dialect), probes(sql, dialect), volatile(sql, dialect))
+def as_gold(sql: str, dialect: str) -> Gold:
+    """An accepted gold with all that its proof needs."""
+    return Gold(sql, is_ordered(sql, dialect), *_doubts(sql, dialect))
 
 
-def as_candidate(text: str, dialect: str) -> Candidate:
-    """A candidate with all that its verdict needs; around its SQL there may be prose or a fence."""
-    sql = statement_of(text)
-    return Candidate(sql, probes(sql, dialect), volatile(sql, dialect))
+def as_candidate(sql: str, dialect: str) -> Candidate:
+    """A candidate with all that its verdict needs."""
+    return Candidate(sql, *_doubts(sql, dialect))
+
+
+def _doubts(sql: str, dialect: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """How to find out whether the data determine what a statement returns, and why they may not."""
+    if not sql_tokens(sql, dialect):
+        return (), (), "it cannot be taken apart, so nothing tells whether the data determine its result"
+    changing = volatile(sql, dialect)
+    why = f"{changing} changes with time or chance" if changing else ""
+    return probes(sql, dialect), mixed_probes(sql, dialect), why
 
 
 def _is_wrong(found: list[dict[str, Any]]) -> bool:

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # -I keeps even the script's own folder from the pat
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from t2s_pref import verdicts
-from t2s_pref.compare import Rows, bird_equal, compare, digest, spider_equal
+from t2s_pref.compare import Rows, bird_equal, compare, digest, spider_equal, strict_equal
 
 MEMORY = 768 << 20  # bytes of address space
 HEAP = 256 << 20  # bytes that SQLite may hold
@@ -43,6 +43,7 @@ CHUNK = 256  # rows fetched between two looks at their size
 TICK = 1000  # virtual machine instructions between two looks at the clock
 CELL = 64  # bytes that any cell takes in memory, whatever is in it
 
+MIXED_SECONDS = 1.0  # that all queries over mixed tables together may take at least
 GOLD_MARGIN = 10  # a candidate may take as many times as long as its gold
 
 
@@ -74,6 +75,8 @@ _MESSAGES = tuple(
         (r"unsafe use|readonly database|vtable constructor failed", verdicts.BLOCKED),
         (r"^interrupted", verdicts.TIMEOUT),
         (r"too big|out of memory|too large|too many|stack overflow|disk is full", verdicts.RESOURCE),
+        (r"too complex|at most \d+ tables", verdicts.RESOURCE),
+        (r"no such collation sequence|no such module", verdicts.RESOURCE),  # the database's own program has them
         (r"disk I/O|is locked|unable to open|image is malformed|is not a database", verdicts.RESOURCE),
         (r"syntax error|incomplete input|unrecognized token", verdicts.SYNTAX_ERROR),
         (r"no such table", verdicts.MISSING_TABLE),
@@ -83,6 +86,15 @@ _MESSAGES = tuple(
 )
 
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|"(?P<name>(?:[^"]|"")*)\"""", re.S)
+
+# What in a view may change with time or chance, or come from ties.
+_UNSTEADY = re.compile(
+    r"\b(?:random|randomblob|now|current_\w+|limit|group_concat|json_group_\w+)\b"
+    r"|\b(?:date|time|datetime|julianday|unixepoch)\s*\(\s*\)",
+    re.I,
+)
+
+_TOGETHER = re.compile(r"\b(?:group_concat|string_agg|array_agg|json\w*_(?:group_|agg|array|object)\w*)\b", re.I)
 
 _COMPARED = re.compile(r"(?:[=<>]|\b(?:like|glob|between|in\s*\())\s*\Z", re.I)
 
@@ -99,6 +111,7 @@ class SqliteDatabase:
     def __init__(self, path: str, limits: Limits) -> None:
         self.path, self.limits = path, limits
         self._connections: dict[bool, sqlite3.Connection] = {}
+        self._unsteady: list[str] = []  # views
         self._deadline, self._random = 0.0, Random(0)
         self._connect(reverse=False)
 
@@ -113,6 +126,7 @@ class SqliteDatabase:
             if reverse:
                 connection.execute("PRAGMA reverse_unordered_selects=ON").fetchall()
             _open_virtual_tables(connection)
+            self._unsteady = _unsteady_views(connection)
         except sqlite3.Error as error:
             if "unable to open" in str(error):
                 raise Failed(verdicts.UNREACHABLE, f"{self.path}: {error}") from error
@@ -144,7 +158,7 @@ class SqliteDatabase:
         except MemoryError as error:
             raise Failed(verdicts.RESOURCE, "out of memory") from error
         except (sqlite3.Error, sqlite3.Warning) as error:
-            raise Failed(_verdict_of(str(error)), str(error)) from error
+            raise Failed(_verdict_of(str(error), sql), str(error)) from error
         except (ValueError, OverflowError) as error:  # a NUL character, a lone surrogate
             raise Failed(verdicts.NOT_SQL, str(error)) from error
 
@@ -179,6 +193,11 @@ class SqliteDatabase:
                 return missing[1] if missing and text is names else ""
         return ""
 
+    def unsteady(self, sql: str) -> str:
+        """A view, named in a query, that may return something else another time; or `""`."""
+        lowered = sql.lower() if self._unsteady else ""
+        return next((f"the view {name}" for name in self._unsteady if name.lower() in lowered), "")
+
     def close(self) -> None:
         """Close the file."""
         for connection in self._connections.values():
@@ -205,6 +224,15 @@ def _open_virtual_tables(connection: sqlite3.Connection) -> None:
             connection.execute(f"SELECT * FROM {table} LIMIT 0").fetchall()
 
 
+def _unsteady_views(connection: sqlite3.Connection) -> list[str]:
+    """The views that may return something else another time, those that read such ones included."""
+    views = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'view' ORDER BY name").fetchall()
+    found = {name for name, sql in views if _UNSTEADY.search(sql or "")}
+    while more := {name for name, sql in views if any(each.lower() in (sql or "").lower() for each in found)} - found:
+        found |= more
+    return sorted(found)
+
+
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")  # invalid UTF-8 is data too, and must not be an error
 
@@ -217,11 +245,14 @@ def _authorize(action: int, first: str | None, second: str | None, *_: str | Non
     return sqlite3.SQLITE_OK
 
 
-def _verdict_of(message: str) -> str:
+def _verdict_of(message: str, sql: str) -> str:
     if "one statement at a time" in message:
         return verdicts.MULTI_STATEMENT
     if "null character" in message:
         return verdicts.NOT_SQL
+    missing = re.match(r"no such function: (\w+)", message)
+    if missing and missing[1].lower() not in sql.lower():  # a view calls it
+        return verdicts.RESOURCE
     return next((verdict for pattern, verdict in _MESSAGES if pattern.search(message)), verdicts.OTHER_ERROR)
 
 
@@ -244,6 +275,7 @@ class Judge:
     def __init__(self, database: Any, job: dict[str, Any]) -> None:
         self.database, self.job = database, job
         self.golds: list[tuple[Rows, bool]] = []
+        self.suspect = ""  # what in a gold looks misspelt
         self.slowest = 0.0
 
     @property
@@ -260,10 +292,14 @@ class Judge:
             self.slowest = max(self.slowest, time.monotonic() - start)
             self.golds.append((rows, gold["ordered"]))
             verdict, detail = (verdicts.GOLD_OK if rows.rows else verdicts.GOLD_EMPTY), ""
-            if why := gold["volatile"] or self._undetermined(rows, gold, deadline):
+            if (
+                why := gold["volatile"]
+                or self.database.unsteady(gold["sql"])
+                or self._undetermined(rows, gold, deadline)
+            ):
                 verdict, detail = verdicts.GOLD_NONDETERMINISTIC, why
             elif text := self.database.string_columns(gold["sql"]):
-                detail = f'"{text}" is no column: read as a string'
+                detail = self.suspect = f'"{text}" is no column: read as a string'
             return {"verdict": verdict, "detail": detail, "digest": digest(rows), "rows": len(rows.rows)}
         except Failed as failed:
             verdict = _NOT_RUN.get(failed.verdict, verdicts.GOLD_ERROR)
@@ -286,7 +322,9 @@ class Judge:
         """Other results that a statement may have as well, and whether its unordered rows were reversed for that.
 
         A timeout on the way is raised; anything else that fails is our probe, not the statement, and says nothing.
+        Neither do those over mixed tables that take much longer than the statement.
         """
+        start = time.monotonic()
         tries = [(statement["sql"], True, 0)]
         # probes come in pairs, of the same random numbers
         tries += [(probe, False, number // 2) for number, probe in enumerate(statement["probes"])]
@@ -296,21 +334,33 @@ class Judge:
             except Failed as failed:
                 if failed.verdict in _ENDS:
                     raise
+        now = time.monotonic()
+        deadline = min(deadline, now + max(MIXED_SECONDS, GOLD_MARGIN * (now - start) / len(tries)))
+        for number, probe in enumerate(statement["mixed"]):
+            try:
+                yield self.database.run(probe, max(0.0, deadline - time.monotonic()), False, number // 2), False
+            except Failed as failed:
+                if failed.verdict == verdicts.UNREACHABLE:
+                    raise
+                return
 
     def candidate(self, candidate: dict[str, Any]) -> dict[str, Any]:
         """Run a candidate and compare it with every accepted gold."""
         deadline = time.monotonic() + self.allowed
-        scores = {"bird": False, "spider": False}
+        scores = {"strict": False, "bird": False, "spider": False}
         try:
             rows = self.database.run(candidate["sql"], self.allowed)
             verdict, detail = self._against_golds(rows)
             if self.job["scores"]:
                 scores = {
+                    "strict": any(strict_equal(gold, rows, ordered) for gold, ordered in self.golds),
                     "bird": any(bird_equal(gold, rows) for gold, _ in self.golds),
                     "spider": any(spider_equal(gold, rows, ordered) for gold, ordered in self.golds),
                 }
-            if verdict == verdicts.WRONG_RESULT and (why := self._doubt(candidate, deadline)):
+            if verdict == verdicts.WRONG_RESULT and (why := self._doubt(candidate, rows, deadline)):
                 verdict, detail = verdicts.AMBIGUOUS, why
+            if verdict == verdicts.WRONG_RESULT and self.suspect:
+                verdict, detail = verdicts.AMBIGUOUS, f"the gold's {self.suspect}"
             return {"verdict": verdict, "detail": detail, "digest": digest(rows), **scores}
         except Failed as failed:
             verdict = verdicts.RESOURCE if failed.verdict == verdicts.NO_DATABASE else failed.verdict
@@ -320,12 +370,17 @@ class Judge:
         found = [compare(gold, rows, ordered) for gold, ordered in self.golds]
         return min(found, key=lambda each: _BEST_FIRST.index(each[0]))
 
-    def _doubt(self, candidate: dict[str, Any], deadline: float) -> str:
+    def _doubt(self, candidate: dict[str, Any], rows: Rows, deadline: float) -> str:
         """Why a candidate whose result differs may return the gold's another time; a timeout on the way is raised."""
-        if candidate["volatile"]:
-            return f"{candidate['volatile']} changes with time or chance"
-        if any(self._against_golds(again)[0] != verdicts.WRONG_RESULT for again, _ in self._again(candidate, deadline)):
-            return "the data do not determine its result"
+        if why := candidate["volatile"] or self.database.unsteady(candidate["sql"]):
+            return why
+        # nobody asks for an order in which parts are put together: that it differs is enough there
+        strict = _TOGETHER.search(candidate["sql"]) is None
+        for again, _ in self._again(candidate, deadline):
+            if self._against_golds(again)[0] != verdicts.WRONG_RESULT or not (
+                strict or strict_equal(rows, again, False)
+            ):
+                return "the data do not determine its result"
         return ""
 
 

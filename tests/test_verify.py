@@ -47,7 +47,8 @@ def music(tmp_path_factory):
 
 def rows(*pairs, db_id="music", **columns):
     golds, rejects = zip(*pairs, strict=True)
-    return Dataset.from_dict({"db_id": [db_id] * len(pairs), "output": golds, "rejected": rejects, **columns})
+    named = {"db_id": [db_id] * len(pairs)} if db_id else {}
+    return Dataset.from_dict({**named, "output": golds, "rejected": rejects, **columns})
 
 
 def verdicts(databases, cache_dir, gold, *rejects, **kwargs):
@@ -343,6 +344,162 @@ def test_a_tie_of_two_is_found_every_time(music, cache_dir):
     golds = [f"SELECT name AS n{number} FROM singer ORDER BY age DESC LIMIT 1" for number in range(300)]
     found = verify_rejected(rows(*[(gold, ["SELECT 'Cy'"]) for gold in golds]), music, cache_dir=cache_dir)
     assert set(found["gold_verdict"]) == {"gold_nondeterministic"}
+
+
+TIES = """
+CREATE TABLE s (id INTEGER PRIMARY KEY, name TEXT, dept TEXT, score INTEGER, h INTEGER);
+INSERT INTO s VALUES (1, 'Ann', 'A', 5, 1), (2, 'Bob', 'A', 9, 2), (3, 'Cid', 'B', 9, 2), (4, 'Dee', 'B', 70, 3),
+    (5, 'Eve', 'B', 70, 3), (6, 'Fay', 'A', 90, 1), (7, 'Gus', 'C', 90, 4);
+CREATE TABLE u (a INTEGER, b INTEGER);
+INSERT INTO u VALUES (1, 1), (1, 9), (2, 5);
+CREATE TABLE n (k INTEGER, v TEXT);
+INSERT INTO n VALUES (1, 'a'), (1, NULL), (2, 'b');
+CREATE VIEW best AS SELECT * FROM s ORDER BY score DESC LIMIT 1;
+CREATE VIEW today AS SELECT date('now') AS day;
+CREATE VIEW again AS SELECT name FROM best;
+CREATE VIEW steady AS SELECT name, dept FROM s WHERE score > 6;
+"""
+
+
+@pytest.fixture(scope="module")
+def ties(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("ties") / "ties.sqlite", script=TIES)
+
+
+UNDETERMINED = [
+    "SELECT name, MAX(score) FROM s",
+    "SELECT dept, name, MAX(score) FROM s WHERE score < 80 GROUP BY dept",
+    "SELECT name, MAX(score), MIN(h) FROM s",
+    "SELECT dept FROM s WHERE dept <> 'C' GROUP BY dept ORDER BY score DESC LIMIT 1",
+    "SELECT MIN(name) FROM s GROUP BY h ORDER BY dept LIMIT 1",
+    "SELECT dept FROM s GROUP BY dept HAVING score > 60",
+    "SELECT count(*) FROM (SELECT dept FROM s GROUP BY dept HAVING score > 60)",
+    "SELECT * FROM s GROUP BY dept",
+    "SELECT T1.*, COUNT(*) FROM s AS T1 JOIN u ON u.a = T1.h GROUP BY T1.dept",
+    "SELECT dept, SUM(score) / h FROM s GROUP BY dept",
+    "SELECT dept, IIF(COUNT(*) > 1, name, 'x') FROM s GROUP BY dept",
+    "SELECT dept, GROUP_CONCAT(name) FROM s GROUP BY dept",
+    "SELECT dept, json_group_array(name) FROM s GROUP BY dept",
+    "SELECT id, GROUP_CONCAT(name) OVER (ORDER BY score) FROM s",
+    "SELECT DISTINCT a FROM u ORDER BY b DESC LIMIT 1",
+    "SELECT name FROM s WHERE id = (SELECT id FROM s ORDER BY score DESC)",
+    "SELECT k, v FROM n GROUP BY k",
+    "SELECT name dept, COUNT(*) FROM s GROUP BY dept",
+    "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 3) "
+    "SELECT name FROM s, c WHERE x = 1 ORDER BY score DESC LIMIT 1",
+    "WITH t AS (SELECT * FROM s) SELECT `name`, max(score) FROM t",
+    "SELECT name FROM s ORDER BY score DESC LIMIT 1 /* top",
+    "SELECT name FROM best",
+    "SELECT name FROM again",
+    "SELECT day FROM today",
+]
+
+
+@pytest.mark.parametrize("sql", UNDETERMINED)
+def test_a_result_that_ties_order_or_views_decide_condemns_nothing(ties, cache_dir, sql):
+    found = verify_rejected(rows((sql, ["SELECT 4711"]), db_id=None), ties, cache_dir=cache_dir)
+    assert (found["gold_verdict"][0], found["verdict"][0]) == ("gold_nondeterministic", ["unverified"])
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT dept, AVG(score), SUM(h), count(DISTINCT name) FROM s GROUP BY dept ORDER BY dept",
+        "SELECT dept FROM s GROUP BY dept ORDER BY count(*) DESC, dept LIMIT 1",
+        "SELECT GROUP_CONCAT(name) FROM (SELECT name FROM s ORDER BY name)",
+        "SELECT dept, GROUP_CONCAT(name) FROM (SELECT name, dept FROM s ORDER BY name) GROUP BY dept",
+        "SELECT name FROM s WHERE score = (SELECT MIN(score) FROM s)",
+        "SELECT name, dept FROM s WHERE dept <> 'B' GROUP BY dept HAVING h = MAX(h)",
+        "SELECT name, MIN(score) FROM s",
+        "SELECT a.name, b.name FROM s AS a, s AS b WHERE a.score = b.score AND a.id < b.id",
+        "SELECT name FROM s WHERE dept IN (SELECT dept FROM s GROUP BY dept HAVING COUNT(*) > 1)",
+        "WITH t AS (SELECT max(score) AS m FROM s GROUP BY dept) SELECT DISTINCT s.id FROM s, t WHERE m = score",
+        "SELECT id, RANK() OVER (ORDER BY score), SUM(h) OVER (PARTITION BY dept) FROM s",
+        "SELECT name FROM steady GROUP BY name, dept",
+        "SELECT max(rowid) FROM s",
+    ],
+)
+def test_a_result_that_the_data_determine_is_not_suspected_however_its_tables_are_ordered(ties, cache_dir, sql):
+    found = verify_rejected(rows((sql, ["SELECT 4711, 4711, 4711, 4711"]), db_id=None), ties, cache_dir=cache_dir)
+    assert (found["gold_verdict"][0], found["verdict"][0]) == ("ok", ["wrong_result"])
+
+
+@pytest.mark.parametrize(
+    ("gold", "reject"),
+    [
+        ("SELECT name FROM s WHERE id = 7", "SELECT name, MAX(score) FROM s"),
+        (
+            "SELECT dept FROM s WHERE id = 6",
+            "SELECT dept FROM s WHERE id < 7 GROUP BY dept ORDER BY score DESC LIMIT 1",
+        ),
+        (
+            "SELECT dept, GROUP_CONCAT(name) FROM (SELECT * FROM s ORDER BY name DESC) GROUP BY dept",
+            "SELECT dept, GROUP_CONCAT(name) FROM s GROUP BY dept",
+        ),
+        ("SELECT date('2020-01-01')", "SELECT day FROM today"),
+    ],
+)
+def test_a_reject_that_may_return_the_golds_result_another_time_is_not_wrong(ties, cache_dir, gold, reject):
+    found = verify_rejected(rows((gold, [reject]), db_id=None), ties, cache_dir=cache_dir)
+    assert (found["gold_verdict"][0], found["verdict"][0]) == ("ok", ["ambiguous"])
+
+
+READINGS = [
+    "WITH a AS (\n  SELECT id, name FROM s\n), -- people\n\nb AS (\n SELECT * FROM a WHERE id = 1)\nSELECT name FROM b",
+    "WITH a AS (SELECT id, name FROM s),\n\n-- second\n\nb AS (SELECT * FROM a WHERE id = 1) SELECT name FROM b",
+    "SELECT\n  -- the name of it\n\n  name\nFROM s WHERE id = 1",
+    "SELECT name FROM s\n\nWhere id = 1",
+    "SELECT name\n\nFrom s\n\nWhere id = 1",
+    "SELECT name FROM s WHERE id\n\nIS 1",
+    "SELECT name FROM s WHERE id = 1<|im_end|>",
+    "SELECT name FROM s WHERE id = 1 </sql>",
+    "SELECT name FROM s WHERE id = 1\nThis gives the name",
+    "SELECT name FROM s WHERE id = 1 This gives the name",
+    "SELECT name FROM s WHERE id = 1\n\nwhere id is the key of the table",
+    "SELECT name FROM s WHERE id = 1\n\n| name |\n|---|\n| Ann |",
+    "SELECT name FROM s WHERE id = 1$$",
+    "First try: `SELECT name FROM s`. But we need the filter.\nFinal: `SELECT name FROM s WHERE id = 1`",
+    "```sql\nSELECT name FROM s WHERE id = 1\n```\nIf you want all names:\n```sql\nSELECT name FROM s\n```",
+    "SELECT name FROM s WHERE id = 1;;",
+]
+
+
+@pytest.mark.parametrize("text", READINGS)
+def test_a_right_sql_is_not_wrong_for_how_it_was_taken_out_of_its_text(ties, cache_dir, text):
+    found = verify_rejected(rows(("SELECT name FROM s WHERE id = 1", [text]), db_id=None), ties, cache_dir=cache_dir)
+    assert found["verdict"][0][0] not in WRONG
+    wrong = text.replace("id = 1", "id = 2").replace("IS 1", "IS 2")
+    other = verify_rejected(rows(("SELECT name FROM s WHERE id = 1", [wrong]), db_id=None), ties, cache_dir=cache_dir)
+    assert other["verdict"][0][0] in WRONG
+
+
+@pytest.mark.parametrize("text", READINGS[:6])
+def test_a_gold_is_not_cut_where_the_engine_takes_it_as_it_stands(ties, cache_dir, text):
+    rejects = ["SELECT name FROM s WHERE s.id = 1 + 0", "SELECT name FROM s"]
+    found = verify_rejected(rows((text, rejects), db_id=None), ties, cache_dir=cache_dir)
+    assert (found["gold_verdict"][0], found["verdict"][0]) == ("ok", ["equivalent", "wrong_result"])
+
+
+def test_a_gold_that_looks_misspelt_proves_no_result_wrong(ties, cache_dir):
+    golds = ['SELECT "nme" FROM s WHERE id = 1', "SELECT id FROM s WHERE \"dpt\" = 'A'"]
+    rejects = ["SELECT name FROM s WHERE id = 1", "SELECT id FROM s WHERE dept = 'A'", "SELECT nme FROM s"]
+    found = verify_rejected(rows(*[(gold, rejects) for gold in golds], db_id=None), ties, cache_dir=cache_dir)
+    assert found["verdict"][:] == [["ambiguous", "ambiguous", "missing_column"]] * 2
+    assert "is no column: read as a string" in found["verdict_detail"][0][0]
+
+
+def test_what_only_the_databases_own_program_has_makes_nothing_wrong(tmp_path, cache_dir):
+    path = tmp_path / "own.sqlite"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.create_collation("localized", lambda a, b: (a > b) - (a < b))
+        connection.create_function("shout", 1, str.upper, deterministic=True)
+        connection.executescript(
+            "CREATE TABLE t (id INTEGER, name TEXT COLLATE localized); INSERT INTO t VALUES (1, 'x');"
+            "CREATE VIEW loud AS SELECT shout(name) AS name FROM t;"
+        )
+    rejects = ["SELECT id FROM t WHERE name = 'x'", "SELECT name FROM loud", "SELECT shout(name) FROM t"]
+    found = verify_rejected(rows(("SELECT id FROM t", rejects), db_id=None), path, cache_dir=cache_dir)
+    assert found["verdict"][0] == ["resource", "resource", "missing_function"]
 
 
 def test_chance_is_the_same_each_time(music, tmp_path):
