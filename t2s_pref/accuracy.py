@@ -18,7 +18,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from t2s_pref import ranks
-from t2s_pref.columns import DB_ID, OUTPUT, REJECTED, SAMPLED, STATUS, one_split
+from t2s_pref.columns import DB_ID, OUTPUT, REJECTED, REQUIRED, SAMPLED, STATUS, check_columns, one_split
 from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
@@ -26,7 +26,7 @@ from t2s_pref.generate import generate_rejected
 from t2s_pref.pool import Bounds, Job, Task, WorkerPool
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT, SamplingSettings
 from t2s_pref.trees import without_distinct
-from t2s_pref.verdicts import GOLD_USABLE
+from t2s_pref.verdicts import GOLD_USABLE, VERDICTS
 from t2s_pref.verifier import (
     Question,
     Verifier,
@@ -49,12 +49,12 @@ class Evaluation:
 
     `accuracy` has shares by way of answering (`greedy`, `pass@1`, `pass@k`), database (`""` for all) and measure.
     `rows` counts the rows by database whose gold can tell; the others (`golds`, by verdict) are in no share.
-    `verdicts` counts the greedy answers.
+    `verdicts` counts the answers by way of drawing (`greedy`, `sampled`), database and verdict.
     """
 
     rows: dict[str, int]
     accuracy: dict[str, dict[str, dict[str, float]]]
-    verdicts: dict[str, int]
+    verdicts: dict[str, dict[str, dict[str, int]]]
     golds: dict[str, int]
     notes: tuple[str, ...] = ()
 
@@ -69,8 +69,11 @@ class Evaluation:
             for way, of in self.accuracy.items():
                 shares = "".join(f"{100 * of[db_id][measure]:>7.1f} %" for measure in MEASURES)
                 lines.append(f"{db_id or 'all databases':{wide}}{count:>8,}  {way:10}{shares}")
-        lines += ["", "greedy answers"]
-        lines += [f"  {verdict:20}{count:>8,}" for verdict, count in self.verdicts.items()]
+        counts = {way: of[""] for way, of in self.verdicts.items()}
+        lines += ["", f"{'answers by verdict':22}" + "".join(f"{way:>10}" for way in counts)]
+        for verdict in (*VERDICTS, NO_ANSWER):
+            if any(verdict in of for of in counts.values()):
+                lines.append(f"  {verdict:20}" + "".join(f"{of.get(verdict, 0):>10,}" for of in counts.values()))
         if left_out := {verdict: count for verdict, count in self.golds.items() if verdict not in GOLD_USABLE}:
             lines += ["", "rows left out: their golds tell nothing"]
             lines += [f"  {verdict:22}{count:>6,}" for verdict, count in left_out.items()]
@@ -105,27 +108,30 @@ def evaluate(
         [`Evaluation`]; `None` on all ranks but the first.
 
     Raises:
-        [`UserError`]: on missing columns, where no database is found, where the model cannot be loaded.
+        [`UserError`]: on missing columns, where no database is found, where the model cannot be loaded, where no gold
+            can tell what is right.
     """
     rows = one_split(dataset)
+    check_columns(rows, REQUIRED, "load_sft makes them from alpaca files.")
+    if not len(rows):
+        raise UserError("The dataset has no rows to evaluate on.")
     settings = settings or SamplingSettings()
     engine = TransformersEngine(engine) if isinstance(engine, str | os.PathLike) else engine
     greedy = replace(settings, num_rejects=1, temperature=0.0)
     ways = {"greedy": greedy} if settings.temperature == 0 else {"greedy": greedy, "sampled": settings}
-    answers = {}
-    for way, drawn in ways.items():
-        sampled = generate_rejected(rows, engine, drawn, cache_dir=cache_dir)
-        answers[way] = [_texts(row) for row in sampled.select_columns([REJECTED, STATUS])]
-    if ranks.rank():
-        return None
-    if not len(rows):
-        raise UserError("The dataset has no rows to evaluate on.")
     bounds = Bounds(timeout, gold_timeout)
+    answers = {}
+    # opened before anything is sampled: what is wrong with the databases shows at once
     with open_verifier(rows, databases, bounds, database_version, workers, cache_dir) as judge:
+        for way, drawn in ways.items():
+            sampled = generate_rejected(rows, engine, drawn, cache_dir=cache_dir)
+            answers[way] = [_texts(row) for row in sampled.select_columns([REJECTED, STATUS])]
+        if ranks.rank():
+            return None
         asked = [question(row, OUTPUT, judge.databases) for row in rows]
         texts = [list(dict.fromkeys(text for of in answers.values() for text in of[row])) for row in range(len(rows))]
-        scored = score(judge, asked, texts, workers, bounds)
-        notes = (f"evaluate: {engine.describe()}", judge.describe().replace("verify_rejected", "run on"))
+        scored = score(judge, asked, texts)
+        notes = (f"evaluate: {engine.describe()}", f"run on: {judge.engines()}")
     db_ids = [each or "" for each in rows[DB_ID]] if DB_ID in rows.column_names else [""] * len(rows)
     return _evaluation(db_ids, answers, scored, notes)
 
@@ -139,12 +145,13 @@ def _texts(row: dict[str, Any]) -> list[str]:
 Scores = dict[str, dict[str, Any]]
 
 
-def score(
-    judge: Verifier, asked: list[Question], texts: list[list[str]], workers: int | None, bounds: Bounds
-) -> list[tuple[str, Scores]]:
+def score(judge: Verifier, asked: list[Question], texts: list[list[str]]) -> list[tuple[str, Scores]]:
     """For each row the verdict on its gold, and each text's verdict and measures."""
     found: list[tuple[str, Scores]] = [("", {})] * len(asked)
-    with WorkerPool(workers, bounds) as pool, tqdm(total=len(asked), desc="Running answers", unit=" rows") as bar:
+    with (
+        WorkerPool(judge.workers, judge.bounds) as pool,
+        tqdm(total=len(asked), desc="Running answers", unit=" rows") as bar,
+    ):
         tasks = (_task(judge, each, of) for each, of in zip(asked, texts, strict=True))
         for row, result in pool.run(tasks):
             found[row] = result
@@ -196,10 +203,14 @@ def _evaluation(
     notes: tuple[str, ...],
 ) -> Evaluation:
     usable = [row for row, (verdict, _) in enumerate(scored) if verdict in GOLD_USABLE]
+    golds = dict(Counter(verdict for verdict, _ in scored))
+    if not usable:
+        raise UserError(f"None of {len(scored)} golds can tell what is right: {golds}; t2s-pref audit says why.")
     groups = {"": usable}
     if any(db_ids):
         for db_id in sorted(set(db_ids)):
-            groups[db_id] = [row for row in usable if db_ids[row] == db_id]
+            if of_one := [row for row in usable if db_ids[row] == db_id]:
+                groups[db_id] = of_one
     k = len(answers["sampled"][0]) if "sampled" in answers else 0
     ways = {
         "greedy": ("greedy", 1),
@@ -211,17 +222,23 @@ def _evaluation(
         for row in rows:
             drawn = [scored[row][1][text][measure] for text in answers[way][row]]
             chances.append(pass_at(len(drawn), sum(drawn), tries))
-        return sum(chances) / len(chances) if chances else 0.0
+        return sum(chances) / len(chances)
 
     accuracy = {
         name: {db_id: {measure: share(rows, *of, measure) for measure in MEASURES} for db_id, rows in groups.items()}
         for name, of in ways.items()
     }
-    counts = Counter(scored[row][1][answers["greedy"][row][0]]["verdict"] for row in usable)
+    verdicts = {
+        way: {
+            db_id: dict(Counter(scored[row][1][text]["verdict"] for row in rows for text in of[row]))
+            for db_id, rows in groups.items()
+        }
+        for way, of in answers.items()
+    }
     return Evaluation(
         rows={db_id: len(rows) for db_id, rows in groups.items()},
         accuracy=accuracy,
-        verdicts=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-        golds=dict(Counter(verdict for verdict, _ in scored)),
+        verdicts=verdicts,
+        golds=golds,
         notes=notes,
     )

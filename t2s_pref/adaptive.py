@@ -8,7 +8,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from t2s_pref import ranks
-from t2s_pref.columns import REJECTED
+from t2s_pref.columns import PROMPT_TOO_LONG, REJECTED, STATUS
 from t2s_pref.pairs import KEPT, drop_causes
 from t2s_pref.plan import PAGE
 from t2s_pref.sampler import POSITION, PROMPT_TOKENS, RejectSampler
@@ -63,16 +63,19 @@ def sample_until_proven(planned: Dataset, sampler: RejectSampler, proof: Proof, 
         ranks.wait_for_everyone(cpu)
         if ranks.rank() == 0:
             sampler.store.refresh()
-            for position, fresh in _sampled(rows, sampler):
+            for position, fresh, statuses in _sampled(rows, sampler):
                 texts[position] += fresh
+                if PROMPT_TOO_LONG in statuses:  # of this row, no candidate can be had
+                    del lacking[position]
             lacking = _lacking(lacking, totals, texts, sampler.settings.num_rejects, proof)
     return [range(total) for total in totals]
 
 
-def _sampled(rows: Dataset, sampler: RejectSampler) -> Iterator[tuple[int, list[str]]]:
-    """The SQL of a round's candidates by the rows' positions: all of it is in the store by now."""
+def _sampled(rows: Dataset, sampler: RejectSampler) -> Iterator[tuple[int, list[str], list[str]]]:
+    """The SQL and the statuses of a round's candidates by the rows' positions: all of it is in the store by now."""
     for page in rows.iter(PAGE):
-        yield from zip(page[POSITION], sampler(page)[REJECTED], strict=True)
+        columns = sampler(page)
+        yield from zip(page[POSITION], columns[REJECTED], columns[STATUS], strict=True)
 
 
 def _lacking(

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from t2s_pref.columns import OUTPUT, SOURCE_INDEX, check_columns, one_split
+from t2s_pref.columns import OUTPUT, SOURCE_INDEX, check_columns, check_strings, one_split
 from t2s_pref.databases import DatabasesLike
 from t2s_pref.pool import Bounds
 from t2s_pref.settings import GOLD_TIMEOUT
@@ -91,16 +91,17 @@ def audit_golds(
     """
     rows = one_split(dataset)
     check_columns(rows, (OUTPUT,), "load_sft makes it from alpaca files.")
+    check_strings(rows, OUTPUT)
     with open_verifier(
         rows, databases, Bounds(gold_timeout=gold_timeout), database_version, workers, cache_dir
     ) as judge:
         asked = [question(row, OUTPUT, judge.databases) for row in rows]
         judge.judge(((each, ()) for each in asked), desc="Running golds")
         found = [judge.gold(each) for each in asked]
-        engine = judge.describe().partition(": ")[2]
+        engine = judge.engines()
     indices = rows[SOURCE_INDEX][:] if SOURCE_INDEX in rows.column_names else range(len(rows))
     listed = [
-        Finding(row, index, each.db_id or "", of.verdict, of.detail, "\n".join(each.golds))
+        Finding(row, index, each.db_id or "", of.verdict, of.detail, ";\n".join(each.golds))
         for row, (index, each, of) in enumerate(zip(indices, asked, found, strict=True))
     ]
     counts = Counter(of.verdict for of in found)

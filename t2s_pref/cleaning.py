@@ -32,6 +32,7 @@ from t2s_pref.databases import DatabasesLike
 from t2s_pref.errors import UserError
 from t2s_pref.files import atomic_write
 from t2s_pref.llamafactory import check_destination, register
+from t2s_pref.pairs import check_verdicts
 from t2s_pref.records import Origin, lone_surrogate, read_records, write_records
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT
 from t2s_pref.verdicts import GOLD_VERDICTS, RIGHT, VERDICTS, WRONG
@@ -97,8 +98,7 @@ def clean_preferences(
     Raises:
         [`UserError`]: on a record without both sides, on an unknown verdict, on what `verify_rejected` refuses.
     """
-    if unknown := sorted(set(keep) - set(VERDICTS)):
-        raise UserError(f"keep has {unknown[0]!r}, which is no verdict; verdicts are {', '.join(VERDICTS)}.")
+    keep = check_verdicts(keep)
     path, name = check_destination(output, dataset_name)
     source = Path(os.path.expanduser(data))
     if path.resolve() == source.resolve():

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
 from t2s_pref.errors import UserError
+from t2s_pref.sql import check_dialect
 
 # What a row of supervised data carries. `output` is the gold SQL.
 INSTRUCTION = "instruction"
@@ -54,6 +55,27 @@ def check_columns(dataset: Dataset, needed: tuple[str, ...], way_out: str) -> No
     missing = [name for name in needed if name not in dataset.column_names]
     if missing:
         raise UserError(f"Column {missing[0]!r} not found; columns are {dataset.column_names}. {way_out}")
+
+
+def check_strings(dataset: Dataset, gold: str) -> None:
+    """Raise [`UserError`] where the column of golds is not one of strings."""
+    if dataset.features[gold] not in STRINGS:
+        raise UserError(f"Column {gold!r} is {dataset.features[gold]}; expected strings, the gold SQL.")
+
+
+def check_string_lists(dataset: Dataset, name: str) -> None:
+    """Raise [`UserError`] where a column, if it is there, is not one of lists of strings."""
+    feature = dataset.features.get(name, Value("null"))
+    # null is what lists that are all empty, or absent, are taken for
+    if feature in STRINGS or getattr(feature, "feature", feature) not in (Value("null"), *STRINGS):
+        raise UserError(f"Column {name!r} is {feature}; expected a list of strings.")
+
+
+def check_dialects(dataset: Dataset) -> None:
+    """Raise [`UserError`] where a row names a dialect that sqlglot does not know."""
+    if DIALECT in dataset.column_names:
+        for named in set(dataset.unique(DIALECT)) - {None, ""}:
+            check_dialect(named)
 
 
 def one_split(dataset: Any) -> Dataset:

@@ -3,11 +3,20 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from t2s_pref.errors import UserError
 from t2s_pref.ranks import rank
-from t2s_pref.settings import SAMPLING_DEFAULTS, SamplingSettings
+from t2s_pref.settings import GOLD_TIMEOUT, SAMPLING_DEFAULTS, TIMEOUT, SamplingSettings
+
+# Options of `reject` that say how SQL is run or chosen by its verdict, with their defaults.
+NEED_DATABASES = {
+    **dict.fromkeys(("max_candidates", "database_version", "keep", "workers")),
+    "timeout": TIMEOUT,
+    "gold_timeout": GOLD_TIMEOUT,
+    "select": "first",
+}
 
 # Everything large is imported by the command that needs it: `--help` and mistakes are answered at once.
 
@@ -25,20 +34,18 @@ def reject(args: argparse.Namespace) -> None:
     if rank():
         disable_progress_bars()  # one set of bars is enough
     check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
-    _check_apart(args, "sft_data", "output")
+    _check_files(args, "sft_data", "output")
     check_dialect(args.dialect)
     chosen = {"keep": args.keep, "select": args.select, "max_per_row": args.max_per_row}
     proving: dict[str, Any] = {}
-    if args.databases:
+    if args.databases is not None:
         proving = {**_running(args), "timeout": args.timeout, "max_candidates": args.max_candidates}
     else:
-        for name in ("max_candidates", "database_version", "keep"):
-            if getattr(args, name) is not None:
+        for name, default in NEED_DATABASES.items():
+            if getattr(args, name) != default:
                 raise UserError(f"--{name.replace('_', '-')} needs --databases.")
-        if args.select != "first":
-            raise UserError(f"--select {args.select} needs --databases.")
     # what is wanted with databases are so many distinct ones
-    dedup = args.dedup_rejects or ("normalized" if args.databases else "none")
+    dedup = args.dedup_rejects or ("none" if args.databases is None else "normalized")
     settings = _settings(args)
     engine = _engine(args)
     rows = _rows(args)
@@ -47,6 +54,8 @@ def reject(args: argparse.Namespace) -> None:
         return
     pairs = explode_rejected(rows, dedup, args.dialect, cache_dir=args.cache_dir, **chosen)
     print(summary(rows, dedup, args.dialect, cache_dir=args.cache_dir, **chosen))
+    if not len(pairs):
+        raise UserError(f"No reject is left, as the summary says; {args.output!r} was not written.")
     print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name)}")
 
 
@@ -55,7 +64,7 @@ def verify(args: argparse.Namespace) -> None:
     from t2s_pref.cleaning import clean_preferences
     from t2s_pref.verdicts import WRONG
 
-    _check_apart(args, "data", "output", "report")
+    _check_files(args, "data", "output", "report")
     found = clean_preferences(
         args.data,
         args.databases,
@@ -76,7 +85,7 @@ def audit(args: argparse.Namespace) -> None:
     """Rows to a report on their golds."""
     from t2s_pref.audit import audit_golds
 
-    _check_apart(args, "sft_data", "report")
+    _check_files(args, "sft_data", "report")
     found = audit_golds(_rows(args), args.databases, cache_dir=args.cache_dir, **_running(args, databases=False))
     _report(found, args.report)
 
@@ -89,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     if rank():
         disable_progress_bars()
-    _check_apart(args, "sft_data", "report")
+    _check_files(args, "sft_data", "report")
     settings = _settings(args)
     engine = _engine(args)
     rows = _rows(args)
@@ -126,8 +135,14 @@ def _report(found: Any, path: str | None) -> None:
         print(f"wrote {path}")
 
 
-def _check_apart(args: argparse.Namespace, *names: str) -> None:
-    """What is written is neither what is read nor written twice."""
+def _check_files(args: argparse.Namespace, *names: str) -> None:
+    """What is written is neither what is read nor written twice, and the report can be."""
+    if path := getattr(args, "report", None):
+        from t2s_pref.files import check_writable
+
+        if os.path.basename(path).lower() == "dataset_info.json":
+            raise UserError(f"--report is {path!r}, where datasets are registered; name another file.")
+        check_writable(Path(os.path.expanduser(path)))
     seen: dict[str, str] = {}
     for name in names:
         if path := getattr(args, name):

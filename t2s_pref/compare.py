@@ -405,7 +405,8 @@ class _Search:
                 relative = SIX_DIGITS
                 shift = {1: 0, 100: 2, 0.01: -2}[factor]
                 decimals = max(0, min(gold.decimals - shift, candidate.decimals))
-                absolute = 0.5 * 10.0**-decimals * (1 + SAME)
+                ratio = {1: 1, 100: gold.decimals, 0.01: candidate.decimals}[factor]
+                absolute = 0.5 * 10.0**-decimals * (1 + SAME) if ratio else 0.0  # 0.0 is no rounding of 20 %
             cut = absolute > 0 and factor == 1 and not gold.has_floats
             fit = _Fit(other, True, factor, relative, absolute, cut)
             if (factor == 1 and gold.numbers == candidate.numbers) or (

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from t2s_pref.errors import UserError
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
@@ -40,6 +42,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
             os.unlink(temporary)
         raise
     sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Raise [`UserError`] where no file of this name can be made: now, not after hours of work."""
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; give a file in it.")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "may not be written" if nearest.is_dir() else "is a file, not a folder"
+        raise UserError(f"{str(path)!r} cannot be made: {str(nearest)!r} {reason}.")
 
 
 def own_prefix(folder: Path, prefix: str) -> str:

@@ -31,7 +31,7 @@ from t2s_pref.columns import (
     each_split,
 )
 from t2s_pref.errors import UserError
-from t2s_pref.files import atomic_write
+from t2s_pref.files import atomic_write, check_writable
 from t2s_pref.load import check_history
 from t2s_pref.records import write_records
 
@@ -131,12 +131,7 @@ def check_destination(path: str | os.PathLike[str], name: str | None = None) -> 
         raise UserError(f"{str(path)!r} must end in .json (one array) or .jsonl (one object a line).")
     if path.name.lower() == DATASET_INFO:
         raise UserError(f"{str(path)!r} is where LLaMA-Factory registers datasets; give the data another file name.")
-    if path.is_dir():
-        raise UserError(f"{str(path)!r} is a folder; give a file in it.")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = "may not be written" if nearest.is_dir() else "is a file, not a folder"
-        raise UserError(f"{str(path)!r} cannot be made: {str(nearest)!r} {reason}.")
+    check_writable(path)
     name = path.stem if name is None else name
     if not re.fullmatch(r"[^\s,]+", name):
         raise UserError(

@@ -21,6 +21,7 @@ from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSpl
 from datasets.exceptions import DatasetGenerationError
 
 from t2s_pref.columns import (
+    ALTERNATIVES,
     DB_ID,
     DIALECT,
     HISTORY,
@@ -39,7 +40,7 @@ from t2s_pref.records import KINDS, Origin, lone_surrogate, read_records
 logger = logging.getLogger(__name__)
 
 TEXT = (*REQUIRED, SYSTEM, DB_ID, DIALECT)
-KNOWN = (*REQUIRED, SYSTEM, HISTORY, DB_ID, DIALECT, SOURCE_INDEX)
+KNOWN = (*REQUIRED, SYSTEM, HISTORY, DB_ID, DIALECT, ALTERNATIVES, SOURCE_INDEX)
 EXPECTED = "expected objects with the text columns instruction, input and output (the gold SQL)"
 MAX_KEYS = 1000  # more distinct keys than this are data used as names, and would make a column of each
 HASHED_ROWS = 1000  # a fixed number, so that the fingerprint does not depend on how Arrow chunks the table
@@ -260,12 +261,16 @@ def _build(
             _check_values(name, known[name], str, "a string", origin)
     if HISTORY in known:
         check_history(known[HISTORY], origin.error)
+    for record, golds in enumerate(known.get(ALTERNATIVES, ())):
+        if golds is not None and not (isinstance(golds, list) and all(isinstance(gold, str) for gold in golds)):
+            found = f"column {ALTERNATIVES!r} has {str(golds)[:40]!r}; expected a list of strings (golds) or null."
+            raise origin.error(found, record)
     known.setdefault(SOURCE_INDEX, list(range(rows)))
     _check_source_index(known[SOURCE_INDEX], origin)
     for name in (INSTRUCTION, INPUT):
         known[name] = [text or "" for text in known[name]]
 
-    types = {HISTORY: List(List(Value("string"))), SOURCE_INDEX: Value("int64")}
+    types = {HISTORY: List(List(Value("string"))), SOURCE_INDEX: Value("int64"), ALTERNATIVES: List(Value("string"))}
     names = [name for name in KNOWN if name in known and name != SOURCE_INDEX]
     features = Features({name: types.get(name, Value("string")) for name in names})
     features.update(extra_features)

@@ -30,6 +30,9 @@ from t2s_pref.columns import (
     VERDICT,
     VERDICT_DETAIL,
     check_columns,
+    check_dialects,
+    check_string_lists,
+    check_strings,
     each_split,
 )
 from t2s_pref.errors import UserError
@@ -178,23 +181,25 @@ def _check_rejects(dataset: Dataset) -> None:
     feature = dataset.features[REJECTED]
     if feature in STRINGS:
         raise UserError("Column 'rejected' holds one reject a row: these are pairs already; explode comes before.")
-    inner = getattr(feature, "feature", feature)  # of a List or a LargeList
-    if inner not in (Value("null"), *STRINGS):  # null is what lists that are all empty, or absent, are taken for
-        raise UserError(f"Column 'rejected' is {feature}; expected a list of strings, as generate_rejected makes it.")
-    if dataset.features[OUTPUT] not in STRINGS:
-        raise UserError(f"Column 'output' is {dataset.features[OUTPUT]}; expected strings, the gold SQL.")
-    if DIALECT in dataset.column_names:
-        for named in set(dataset.unique(DIALECT)) - {None, ""}:
-            check_dialect(named)
+    check_string_lists(dataset, REJECTED)
+    check_string_lists(dataset, ALTERNATIVES)
+    check_strings(dataset, OUTPUT)
+    check_dialects(dataset)
 
 
 def _check_keep(dataset: Dataset, keep: Collection[str] | None) -> Collection[str]:
     if keep is None:
         return WRONG
-    kept = (keep,) if isinstance(keep, str) else keep
+    kept = check_verdicts(keep)
+    check_columns(dataset, (VERDICT,), "keep= chooses by verdict; verify_rejected adds them.")
+    return kept
+
+
+def check_verdicts(keep: Collection[str]) -> tuple[str, ...]:
+    """The verdicts to keep, one as a string too, or [`UserError`] where one is none."""
+    kept = (keep,) if isinstance(keep, str) else tuple(keep)
     if unknown := sorted(set(kept) - set(VERDICTS)):
         raise UserError(f"keep has {unknown[0]!r}, which is no verdict; verdicts are {', '.join(VERDICTS)}.")
-    check_columns(dataset, (VERDICT,), "keep= chooses by verdict; verify_rejected adds them.")
     return kept
 
 
@@ -204,8 +209,8 @@ def _check_select(dataset: Dataset, select: str, max_per_row: int | None) -> Non
     if max_per_row is None:
         if select != "first":
             raise UserError(f"select={select!r} chooses among more rejects than max_per_row, which is not given.")
-    elif max_per_row < 1:
-        raise UserError(f"max_per_row is {max_per_row}; it must be 1 or more.")
+    elif not isinstance(max_per_row, int) or max_per_row < 1:
+        raise UserError(f"max_per_row is {max_per_row!r}; it must be 1 or more.")
     needed = {"first": (), "hardest": (DISTANCE,), "diverse": (VERDICT, RESULT_DIGEST)}[select]
     check_columns(dataset, needed, f"select={select!r} needs what verify_rejected adds.")
 

@@ -54,7 +54,7 @@ class Bounds:
 
     def __post_init__(self) -> None:
         for name in ("timeout", "gold_timeout", "rows", "size"):
-            if not getattr(self, name) > 0:
+            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be above 0.")
         for name in ("timeout", "gold_timeout"):
             if getattr(self, name) > LONGEST:
@@ -199,13 +199,12 @@ class WorkerPool:
     """Worker processes that judge SQL; a context manager that leaves no process behind.
 
     Args:
-        workers: how many processes; by default one a core that this process may use.
+        workers: how many processes; by default one a core that this process may use, 16 at most.
         bounds: what a statement may take.
     """
 
     def __init__(self, workers: int | None = None, bounds: Bounds | None = None) -> None:
-        if workers is not None and workers < 1:
-            raise UserError(f"workers is {workers}; it must be 1 or more.")
+        check_workers(workers)
         self.size = workers or min(MOST_WORKERS, _cores())
         self.bounds = bounds or Bounds()
         self._idle: list[_Worker] = []
@@ -357,6 +356,12 @@ class WorkerPool:
             return [running]
         self._pending.appendleft(running)
         return []
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise [`UserError`] where this is no number of processes."""
+    if workers is not None and not (isinstance(workers, int) and workers > 0):
+        raise UserError(f"workers is {workers!r}; it must be 1 or more.")
 
 
 def _cores() -> int:

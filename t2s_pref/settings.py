@@ -8,7 +8,7 @@ from t2s_pref.errors import UserError
 
 # Raise it whenever the same settings and weights give other candidates, or the same candidates another SQL: it is part
 # of every key, so that old samples are never served for new code. tests/test_golden.py fails where that was forgotten.
-SAMPLING_VERSION = 1
+SAMPLING_VERSION = 2
 
 # What may be chosen, and the default: here, because the command line must know it without importing anything large.
 DEFAULT_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"

@@ -33,7 +33,7 @@ CAUSES = {
     PROMPT_TOO_LONG: ("prompt longer than the context", "shorten the schemas or use a model with a longer context"),
     NO_SQL: ("no SQL in the answer", "look at the answers (keep_raw); is this an instruct or fine-tuned model?"),
     EMPTY: ("empty", "look at the answers (keep_raw)"),
-    SAME_AS_GOLD: ("the gold again", "raise --temperature or --num-rejects"),
+    SAME_AS_GOLD: ("the gold again", "raise --temperature, or sample more candidates"),
     verdicts.SAME_TEXT: ("right by its text", "raise --temperature"),
     verdicts.SAME_AST: ("right by its text", "raise --temperature"),
     verdicts.EQUIVALENT: ("right by its result", "raise --temperature"),
@@ -67,6 +67,8 @@ CAUSES[MASTERED] = ("mastered: every candidate is right", "there is nothing to l
 
 UNPROVEN = "A reject differs from the gold as text; none of them was executed or proven wrong."
 
+COUNTS = ("rows", "candidates", "pairs", "mastered", "proven")
+
 # From this share of the candidates on, a cause is worth a setting.
 WORTH_A_HINT = 0.1
 
@@ -77,9 +79,9 @@ class Summary:
 
     `rows` and `candidates` were asked for, `pairs` kept; `drops` counts the other candidates by cause, so that
     `pairs + sum(drops.values()) == candidates`. `rows_without_pair` counts rows by the causes that left them without.
-    Where the rejects were verified, `verdicts` counts them by verdict, `golds` the rows by that of their gold, and
-    `mastered` the rows all of whose candidates are right. `tokens` were generated in `seconds` of decoding, by one
-    process each.
+    Where the rejects were verified, `verdicts` counts them by verdict, `golds` the rows by that of their gold,
+    `mastered` the rows all of whose candidates are right, and `proven` the pairs that are proven wrong. `tokens` were
+    generated in `seconds` of decoding, by one process each.
     """
 
     rows: int
@@ -90,6 +92,7 @@ class Summary:
     verdicts: dict[str, int] = field(default_factory=dict)
     golds: dict[str, int] = field(default_factory=dict)
     mastered: int = 0
+    proven: int = 0
     tokens: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -126,7 +129,7 @@ class Summary:
         if self.tokens:
             table.append(("tokens generated", f"{self.tokens:,}", ""))
         if self.tokens and self.verdicts:
-            table.append(("proven pairs for 1,000 tokens", f"{1000 * self.pairs / self.tokens:,.1f}", ""))
+            table.append(("proven pairs for 1,000 tokens", f"{1000 * self.proven / self.tokens:,.1f}", ""))
         if self.seconds:
             table.append(("tokens a second, a process", f"{self.tokens / self.seconds:,.0f}", ""))
         return table
@@ -187,7 +190,7 @@ def summary(
         for name in ("drops", "rows_without_pair", "verdicts", "golds")
     }
     return Summary(
-        **{name: sum(getattr(part, name) for part in parts) for name in ("rows", "candidates", "pairs", "mastered")},
+        **{name: sum(getattr(part, name) for part in parts) for name in COUNTS},
         **{name: _in_order(counts) if name in ("verdicts", "golds") else counts for name, counts in added.items()},
         tokens=sum(part.tokens for part in parts),
         seconds=sum(part.seconds for part in parts),
@@ -206,7 +209,7 @@ def _count(marked: Dataset) -> Summary:
     without: Counter[tuple[str, ...]] = Counter()
     found: Counter[str] = Counter()
     golds: Counter[str] = Counter()
-    pairs = candidates = tokens = mastered = 0
+    pairs = candidates = tokens = mastered = proven = 0
     seconds = 0.0
     wanted = (STATUS, TOKENS, SECONDS, VERDICT, GOLD_VERDICT)
     columns = [DROP, *(name for name in wanted if name in marked.column_names)]
@@ -217,6 +220,8 @@ def _count(marked: Dataset) -> Summary:
         mastered += is_mastered
         lost += [cause for cause in row[DROP] if cause != KEPT]
         kept = row[DROP].count(KEPT)
+        causes = zip(row[DROP], of_row, strict=False)
+        proven += sum(cause == KEPT and verdict in verdicts.WRONG for cause, verdict in causes)
         pairs, candidates = pairs + kept, candidates + kept + len(lost)
         drops.update(lost)
         found.update(of_row)
@@ -239,6 +244,7 @@ def _count(marked: Dataset) -> Summary:
         verdicts=dict(found),
         golds=dict(golds),
         mastered=mastered,
+        proven=proven,
         tokens=tokens,
         seconds=seconds,
         notes=notes,

@@ -12,7 +12,7 @@ from datasets.utils import tqdm
 
 from t2s_pref import verdicts
 from t2s_pref.databases import Databases
-from t2s_pref.pool import Bounds, Candidate, Gold, Job, Task, WorkerPool
+from t2s_pref.pool import Bounds, Candidate, Gold, Job, Task, WorkerPool, check_workers
 from t2s_pref.probes import mixed_probes, probes
 from t2s_pref.sql import extract_sql, normalize_sql, other_readings, shorter_readings, uncut_sql
 from t2s_pref.store import SampleStore, record_key
@@ -56,6 +56,7 @@ class Verifier:
     """
 
     def __init__(self, databases: Databases, bounds: Bounds, workers: int | None, store: Path | None) -> None:
+        check_workers(workers)
         self.databases, self.bounds, self.workers = databases, bounds, workers
         self._known: dict[bytes, dict[str, Any]] = {}
         self._store: SampleStore | None = None
@@ -79,12 +80,12 @@ class Verifier:
             return None
         return {**self._settings(), "databases": contents}
 
-    def describe(self) -> str:
-        """One line of provenance: the engine, and what a server's user calls its content. No address, no user."""
+    def engines(self) -> str:
+        """What runs the SQL, and what a server's user calls its content. No address, no user."""
         version = self.databases.version
         names = {"sqlite": f"SQLite {sqlite3.sqlite_version}"}
         engines = ", ".join(names.get(dialect, dialect) for dialect in self.databases.dialects or ["sqlite"])
-        return f"verify_rejected: {engines}{f', database_version {version}' if version else ''}"
+        return f"{engines}{f', database_version {version}' if version else ''}"
 
     def judge(self, asked: Iterable[tuple[Question, Iterable[str]]], desc: str = "Verifying") -> bool:
         """Run whatever is not known yet about these candidates, and write it down as it comes.
@@ -264,7 +265,8 @@ def of_golds(golds: list[dict[str, Any]]) -> tuple[str, str]:
     failed = [gold for gold in golds if gold["verdict"] not in verdicts.GOLD_USABLE]
     rows = [gold for gold in golds if gold["verdict"] == verdicts.GOLD_OK]
     chosen = (failed or rows or golds)[0]
-    return chosen["verdict"], chosen["detail"]
+    place = golds.index(chosen) if failed else 0
+    return chosen["verdict"], f"alternative {place}: {chosen['detail']}" if place else chosen["detail"]
 
 
 def of_instances(found: list[tuple[str, str]]) -> tuple[str, str]:

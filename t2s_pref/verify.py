@@ -23,13 +23,15 @@ from t2s_pref.columns import (
     VERDICT,
     VERDICT_DETAIL,
     check_columns,
+    check_dialects,
+    check_string_lists,
+    check_strings,
     each_split,
 )
 from t2s_pref.databases import Databases, DatabasesLike
 from t2s_pref.errors import UserError
 from t2s_pref.pool import Bounds
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT
-from t2s_pref.sql import check_dialect
 from t2s_pref.trees import distance
 from t2s_pref.verifier import Question, Verifier, statement_of
 
@@ -77,7 +79,7 @@ def verify_rejected(
         - `verdict` (`list[str]`): those in `t2s_pref.WRONG` are proven wrong; `t2s_pref.verdicts` has all;
         - `verdict_detail` (`list[str]`): why it is `ambiguous`, or the engine's message;
         - `result_digest` (`list[str]`): equal for equal results, `""` where there is none;
-        - `distance` (`list[float64]`): from the gold, by syntax tree, 0 (the same) to 1;
+        - `distance` (`list[float64]`): from the nearest accepted gold, by syntax tree, 0 (the same) to 1;
 
         and for the row `gold_verdict` (`str`): `ok`, `gold_empty` (no rows; rejects are judged all the same), or why
         its rejects are `unverified`: `gold_error`, `gold_timeout`, `gold_truncated`, `gold_nondeterministic`,
@@ -115,6 +117,8 @@ def open_verifier(
 ) -> Iterator[Verifier]:
     """A verifier on the databases that the rows of `dataset` name."""
     home = cache_folder(cache_dir)
+    check_string_lists(dataset, ALTERNATIVES)
+    check_dialects(dataset)
     if dataset.features.get(DB_ID, Value("null")) not in (Value("null"), *STRINGS):
         raise UserError(
             f"Column {DB_ID!r} is {dataset.features[DB_ID]}; expected strings, the names of databases: "
@@ -133,16 +137,9 @@ def check_rows(dataset: Dataset) -> None:
     gold = gold_column(dataset)
     way_out = "generate_rejected adds 'rejected', load_sft makes the others; pairs have 'chosen' and 'rejected'."
     check_columns(dataset, (gold, REJECTED), way_out)
-    if dataset.features[gold] not in STRINGS:
-        raise UserError(f"Column {gold!r} is {dataset.features[gold]}; expected strings, the gold SQL.")
-    for name in (REJECTED, ALTERNATIVES):
-        feature = dataset.features.get(name, Value("null"))
-        inner = getattr(feature, "feature", feature)
-        if inner not in (Value("null"), *STRINGS) or (name == ALTERNATIVES and feature in STRINGS):
-            raise UserError(f"Column {name!r} is {feature}; expected a list of strings.")
-    if DIALECT in dataset.column_names:
-        for named in set(dataset.unique(DIALECT)) - {None, ""}:
-            check_dialect(named)
+    check_strings(dataset, gold)
+    if dataset.features[REJECTED] not in STRINGS:
+        check_string_lists(dataset, REJECTED)
 
 
 def gold_column(dataset: Dataset) -> str:
@@ -177,12 +174,12 @@ def verify_with(
         columns: dict[str, list] = {name: [] for name in added}
         for of, texts in asked(rows):
             found = [verifier.candidate(of, text) for text in texts]
-            gold_statement = statement_of(of.golds[0])
+            golds = [statement_of(gold) for gold in of.golds]
             values = {
                 VERDICT: [each.verdict for each in found],
                 VERDICT_DETAIL: [each.detail for each in found],
                 RESULT_DIGEST: [each.digest for each in found],
-                DISTANCE: [distance(gold_statement, statement_of(text), of.dialect) for text in texts],
+                DISTANCE: [min(distance(gold, statement_of(text), of.dialect) for gold in golds) for text in texts],
             }
             for name, value in values.items():
                 columns[name].append(value[0] if pairs else value)
@@ -205,5 +202,6 @@ def verify_with(
         map_kwargs={"desc": "Writing verdicts", **map_kwargs},
         prepare=lambda: verifier.judge(pair for page in columns.iter(PAGE) for pair in asked(page)),
     )
-    result.info.description = "\n".join(line for line in (dataset.info.description, verifier.describe()) if line)
+    told = f"verify_rejected: {verifier.engines()}"
+    result.info.description = "\n".join(line for line in (dataset.info.description, told) if line)
     return result

@@ -347,10 +347,12 @@ def leniently_same(gold: Sequence[Row], candidate: Sequence[Row]) -> bool:
     """Whether some lenient reading takes the candidate's result for the gold's: every reading at once, at its widest.
 
     Order and duplicates do not count, the gold's columns may be any of the candidate's, and cells are the same where
-    they are `_alike`.
+    they are `_alike`. What has no rows, and one row of NULLs or zeros, may be meant as the same.
     """
+    if all(len(rows) < 2 and all(cell in (None, 0) for row in rows for cell in row) for rows in (gold, candidate)):
+        return True
     if not gold or not candidate:
-        return not gold and not candidate
+        return False
     wide, wanted = len(candidate[0]), len(gold[0])
     golds = list(dict.fromkeys(tuple(map(_plain, row)) for row in gold))
     rows = list(dict.fromkeys(tuple(map(_plain, row)) for row in candidate))

@@ -45,7 +45,7 @@ def measured(databases, cache_dir, gold, *answers, alternatives=(), seconds=5.0)
     bounds = Bounds(timeout=seconds)
     with open_verifier(rows, databases, bounds, None, 1, cache_dir) as judge:
         asked = [question(row, "output", judge.databases) for row in rows]
-        ((verdict, scores),) = score(judge, asked, [list(answers)], 1, bounds)
+        ((verdict, scores),) = score(judge, asked, [list(answers)])
     return verdict, [{name for name in MEASURES if scores[answer][name]} for answer in answers]
 
 
@@ -111,7 +111,7 @@ def test_right_means_right_on_every_instance(tmp_path, cache_dir):
     with open_verifier(rows, tmp_path / "databases", Bounds(), None, 1, cache_dir) as judge:
         asked = [question(rows[0], "output", judge.databases)]
         answers = ["SELECT 1", "SELECT count(x) FROM t"]
-        ((_, scores),) = score(judge, asked, [answers], 1, Bounds())
+        ((_, scores),) = score(judge, asked, [answers])
     assert [[scores[answer][name] for name in MEASURES] for answer in answers] == [[False] * 3, [True] * 3]
 
 
@@ -156,7 +156,7 @@ def test_rows_with_a_bad_gold_are_in_no_share_and_are_shown(found, rows):
     assert found.golds["gold_error"] == 1
     assert sum(found.golds.values()) == len(rows)
     assert "rows left out" in str(found)
-    assert sum(found.verdicts.values()) == 15
+    assert sum(found.verdicts["greedy"][""].values()) == 15
 
 
 def test_the_databases_together_make_up_the_whole(found):
@@ -202,5 +202,10 @@ def test_greedy_settings_are_evaluated_once(rows, cache):
 def test_no_rows_and_no_database_are_refused(rows, cache):
     with pytest.raises(UserError, match="no rows"):
         evaluate(rows.select([]), demo_files().model, demo_files().databases, SETTINGS, cache_dir=cache)
-    with pytest.raises(UserError, match="nowhere"):
-        evaluate(rows, demo_files().model, "nowhere", SETTINGS, cache_dir=cache)
+    with pytest.raises(UserError, match="nowhere"):  # before the model is looked for
+        evaluate(rows, "no/model", "nowhere", SETTINGS, cache_dir=cache)
+    with pytest.raises(UserError, match="workers is 0"):
+        evaluate(rows, "no/model", demo_files().databases, SETTINGS, workers=0, cache_dir=cache)
+    bad = rows.select(range(2)).remove_columns("output").add_column("output", ["SELECT nope"] * 2)
+    with pytest.raises(UserError, match="None of 2 golds can tell what is right: {'gold_error': 2}"):
+        evaluate(bad, demo_files().model, demo_files().databases, SETTINGS, cache_dir=cache)

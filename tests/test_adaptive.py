@@ -131,6 +131,13 @@ def test_a_second_call_is_found_and_another_number_or_another_content_is_not(few
     assert prove(few, engine, cache, timeout=9)._fingerprint != proven._fingerprint
 
 
+def test_a_prompt_that_does_not_fit_is_asked_for_once(few, engine, tmp_path):
+    long = few.select(range(2)).map(lambda row, at: {"input": row["input"] * (1 + 99 * at)}, with_indices=True)
+    found = prove(long, engine, tmp_path)
+    assert found["candidate_status"][1] == ["prompt_too_long"] * SETTINGS.num_rejects
+    assert set(found["candidate_status"][0]) == {"sampled"}
+
+
 def test_greedy_decoding_has_one_candidate_to_give(few, engine, tmp_path):
     found = prove(few.select(range(4)), engine, tmp_path, SamplingSettings(temperature=0, max_new_tokens=64))
     assert [len(each) for each in found["candidate_status"]] == [1] * 4

@@ -208,6 +208,11 @@ def test_a_record_that_cannot_be_judged_is_named(clean, tmp_path, record, messag
     assert not (tmp_path / "clean.json").exists()
 
 
+def test_one_verdict_to_keep_may_be_given_as_a_string(clean):
+    _, kept = clean([alpaca(GOLD), alpaca("SELECT nope")], keep="missing_column")
+    assert kept == [alpaca("SELECT nope")]
+
+
 def test_wrong_arguments_are_refused_before_anything_runs(clean, databases, tmp_path):
     with pytest.raises(UserError, match="keep has 'wrong', which is no verdict"):
         clean([alpaca("SELECT 1")], keep=["wrong"])

@@ -234,7 +234,7 @@ def test_evaluate_prints_three_measures_and_writes_json(sft, tmp_path):
     assert re.search(r"all databases +12  greedy +[\d.]+ % +[\d.]+ % +[\d.]+ %", done.stdout)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {"greedy", "pass@1", "pass@2"}
-    assert sum(report["verdicts"].values()) == report["rows"][""] == 12
+    assert sum(report["verdicts"]["greedy"][""].values()) == report["rows"][""] == 12
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
@@ -258,7 +258,8 @@ def test_evaluate_prints_three_measures_and_writes_json(sft, tmp_path):
         (["--databases", "no/such/folder"], "no/such/folder"),
         (["--max-candidates", "9"], "--max-candidates needs --databases"),
         (["--keep", "timeout"], "--keep needs --databases"),
-        (["--select", "hardest", "--max-per-row", "1"], "--select hardest needs --databases"),
+        (["--timeout", "9"], "--timeout needs --databases"),
+        (["--select", "hardest", "--max-per-row", "1"], "--select needs --databases"),
         (["--keep", "wrong", "--databases", DATABASES], "wrong"),
         (["--max-candidates", "0", "--databases", DATABASES], "max_candidates is 0"),
         (["--timeout", "0", "--databases", DATABASES], "timeout is 0"),

@@ -194,6 +194,8 @@ def test_a_result_that_matches_under_a_lenient_reading_is_ambiguous_and_says_why
         (column(-3.5), column(-3)),
         (column(3.7), column(3)),
         (column(3), column(4.1)),
+        (column(20), column(0.0)),
+        (column(20.5), column(0.0)),
         (column(1000001), column(1000002)),  # nor are the digits of an integer
         (column(1), column(100)),  # nor is an integer a ratio
         (column(0.5), column(0.6)),
@@ -311,6 +313,8 @@ def _tolerance(left, right, factor, lenient):
     if "rounding" not in lenient:
         return 1e-9, 0.0
     own, other = _decimals(left), _decimals(right)
+    if (factor, own) == (100, 0) or (factor, other) == (0.01, 0):
+        return 5e-6, 0.0  # a ratio that is rounded to an integer is none
     return 5e-6, 0.5 * 10.0 ** -max(0, min(own - {1: 0, 100: 2, 0.01: -2}[factor], other)) * (1 + 1e-9)
 
 

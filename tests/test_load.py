@@ -403,6 +403,15 @@ def test_text_columns_of_another_type_are_refused(problem, name, value, kind):
     assert "expected a string or null" in message
 
 
+def test_accepted_golds_are_lists_of_strings_or_refused(problem, file):
+    rows = load_sft(file([{**ROW, "alternatives": ["SELECT 2"]}, ROW, {**ROW, "alternatives": []}]))
+    assert rows["alternatives"][:] == [["SELECT 2"], None, []]
+    assert rows.features["alternatives"] == List(Value("string"))
+    for other in ("SELECT 2", [1], [None], {"a": "b"}):
+        message = problem([{**ROW, "alternatives": ["SELECT 2"]}, {**ROW, "alternatives": other}])
+        assert "record 1 (line 1): column 'alternatives' has" in message
+
+
 @pytest.mark.parametrize("history", ["text", [["a"]], [["a", None]], [["a", "b"], "c"], [["a", 1]], {"a": "b"}, 0])
 def test_a_history_that_is_not_pairs_of_strings_is_refused(problem, history):
     message = problem([{**ROW, "history": [["a", "b"]]}, {**ROW, "history": history}])

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, List, Value, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2s_pref import WRONG, UserError, explode_rejected, verify_rejected
+from t2s_pref import WRONG, UserError, audit_golds, explode_rejected, verify_rejected
 from t2s_pref.store import SampleStore
 
 SCHEMA = """
@@ -257,6 +257,22 @@ def test_the_reject_nearest_to_the_gold_has_the_least_distance(music, cache_dir)
     same, near, far, *none = found["distance"][0]
     assert 0 == same < near < far <= 1
     assert all(0 <= each <= 1 for each in none)
+
+
+def test_the_nearest_accepted_gold_has_the_distance(music, cache_dir):
+    near, far = "SELECT age FROM singer WHERE id = 1", "SELECT count(*) FROM empty"
+    dataset = rows((far, [near.replace("1", "2")]), (near, [near.replace("1", "2")]), alternatives=[[near], None])
+    first, second = verify_rejected(dataset, music, cache_dir=cache_dir)["distance"]
+    assert first == second
+
+
+def test_accepted_golds_that_are_no_lists_are_refused_everywhere(music, cache_dir):
+    dataset = rows((GOLD, ["SELECT 1"]), alternatives=["SELECT 1"])
+    for function in (verify_rejected, audit_golds):
+        with pytest.raises(UserError, match="'alternatives' is .*; expected a list of strings"):
+            function(dataset, music, cache_dir=cache_dir)
+    with pytest.raises(UserError, match="'alternatives' is .*; expected a list of strings"):
+        explode_rejected(dataset, cache_dir=cache_dir)
 
 
 def test_the_dialect_of_a_row_decides_what_is_the_same_text(music, cache_dir):
