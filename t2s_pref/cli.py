@@ -190,7 +190,7 @@ def _add_databases(
             help="seconds that an SQL may take; ten times its gold's where that is more",
         )
     proof.add_argument("--gold-timeout", type=float, default=GOLD_TIMEOUT, help="seconds that a gold may take")
-    proof.add_argument("--workers", type=int, help="processes that run SQL (default: one a core)")
+    proof.add_argument("--workers", type=int, help="processes that run SQL (default: one a core, 16 at most)")
     return proof
 
 
@@ -200,7 +200,7 @@ def _add_keep(proof: argparse._ArgumentGroup) -> None:
         nargs="+",
         choices=VERDICTS,
         metavar="VERDICT",
-        help="verdicts whose rejects are kept (default: those that prove a reject wrong)",
+        help="verdicts whose rejects are kept (default: those that prove a reject wrong; sampling counts these always)",
     )
 
 

@@ -52,7 +52,8 @@ def generate_rejected(
 
     Args:
         dataset: columns read: `instruction`, `input`, `output` (`str`), and where present `system` (`str`), `history`
-            (`list[list[str]]`), `source_index` (`int64`, decides the row's seed; without it, the row's position does).
+            (`list[list[str]]`), `source_index` (`int64`, decides the row's seed; without it, the row's position does);
+            with `databases` also `alternatives`, `db_id` and `dialect`, as in `verify_rejected`.
         engine: what to sample from; a `str` is a folder or Hub id, `None` the default model.
         settings: how; by default `SamplingSettings()`.
         keep_raw: also keep the answers as the model wrote them.
@@ -74,8 +75,8 @@ def generate_rejected(
         - `raw_answers` (`list[str]`, one a candidate), with `keep_raw`.
 
     Raises:
-        [`UserError`]: on missing columns, on `num_proc` (use `accelerate launch`), on an `IterableDataset`, and where
-            model or adapter cannot be loaded.
+        [`UserError`]: on missing columns, on `num_proc` (use `accelerate launch`), on an `IterableDataset`, where no
+            database is found or one cannot be reached, and where model or adapter cannot be loaded.
 
     >>> from t2s_pref import demo_files, load_sft
     >>> rows = load_sft(demo_files().train).select(range(2))

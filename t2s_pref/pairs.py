@@ -80,6 +80,7 @@ def explode_rejected(
         select: which come first where a row has more than `max_per_row`: `first` as sampled, `hardest` the least
             distant from the gold, `diverse` those of other verdicts and other results.
         max_per_row: how many rejects of one row are kept; by default all.
+        cache_dir: folder of results, by default `t2s_pref` under `HF_HOME`.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
 
     Returns:

@@ -32,8 +32,8 @@ from sqlglot.tokens import TokenType
 
 from t2s_pref import verdicts
 from t2s_pref.compare import Rows
+from t2s_pref.judge import CELL, CHUNK, Failed, Limits, serve
 from t2s_pref.statements import words
-from t2s_pref.worker import CELL, CHUNK, Failed, Limits, serve
 
 MEMORY = 1 << 30  # bytes of address space: SQLAlchemy, sqlglot and a driver take a third of it
 CONNECT = 10  # seconds

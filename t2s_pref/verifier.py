@@ -51,7 +51,7 @@ class Verifier:
     Args:
         databases: where the rows' databases are.
         bounds: what a statement may take.
-        workers: how many processes; by default one a core.
+        workers: how many processes; by default one a core, 16 at most.
         store: folder of the verdicts found before. `None`, or databases whose content is not known: nothing is kept.
     """
 

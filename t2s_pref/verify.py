@@ -62,14 +62,15 @@ def verify_rejected(
     Args:
         dataset: columns read: `output` (`str`, the gold) and `rejected` (`list[str]`), or pairs with `chosen` (`str`,
             taken for the gold) and `rejected` (`str`); and where present `alternatives` (`list[str]`, further accepted
-            golds), `db_id` (`str`) and `dialect` (`str`, a sqlglot name). Around the SQL there may be prose or a fence.
+            golds; one that fails leaves its row unverified), `db_id` (`str`) and `dialect` (`str`, a sqlglot name).
+            Around the SQL there may be prose or a fence: a reject is wrong only if every reading of its text is.
         databases: a folder in the layout of Spider and BIRD (`<db_id>/<db_id>.sqlite`; several files in a database's
             folder are several instances to test on), one SQLite file for all rows, a mapping from `db_id` to files or
             URLs, or a SQLAlchemy URL of PostgreSQL, MySQL or MariaDB, with `{db_id}` in it where each has its own.
         timeout: seconds that a reject may take; ten times its gold's where that is more.
         gold_timeout: seconds that a gold may take, with the proof that the data determine its result.
         database_version: what you call the content of a server; without it, nothing that was found there is cached.
-        workers: how many processes; by default one a core.
+        workers: how many processes; by default one a core, 16 at most.
         cache_dir: folder of verdicts and results, by default `t2s_pref` under `HF_HOME`.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
 

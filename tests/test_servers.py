@@ -10,8 +10,8 @@ from datasets import Dataset
 from sqlalchemy import make_url
 
 from t2s_pref import UserError, audit_golds, verify_rejected
+from t2s_pref.judge import Failed, Limits
 from t2s_pref.servers import ServerDatabase
-from t2s_pref.worker import Failed, Limits
 
 LIMITS = Limits(rows=10_000, size=8 << 20)
 FOREVER = {"postgres": "SELECT pg_sleep(60)", "mysql": "SELECT sleep(60)"}

@@ -11,8 +11,8 @@ import pytest
 from database_servers import ADMIN, PASSWORD, administer, reading_role
 from sqlalchemy import make_url
 
+from t2s_pref.judge import Failed, Limits
 from t2s_pref.servers import ServerDatabase
-from t2s_pref.worker import Failed, Limits
 
 LIMITS = Limits(rows=1000, size=1 << 20)
 
@@ -214,7 +214,7 @@ def test_a_gigabyte_in_one_value_ends_no_other_statement(url, kind):
     """In a process with the worker's limit on memory."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
-        "from t2s_pref.servers import ServerDatabase; from t2s_pref.worker import Limits, Failed\n"
+        "from t2s_pref.servers import ServerDatabase; from t2s_pref.judge import Limits, Failed\n"
         f"d = ServerDatabase({url!r}, Limits(1000, 1 << 20))\n"
         "wide = \"SELECT repeat('x', 8000000) FROM generate_series(1, 1000)\"\n"
         "for sql in (\"SELECT repeat('x', 900000000)\", 'SELECT 1', wide, 'SELECT 1'):\n"
