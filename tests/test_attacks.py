@@ -14,8 +14,7 @@ from t2s_pref import verdicts
 from t2s_pref.pool import GRACE, Bounds, Candidate, Gold, Job, WorkerPool
 
 DEADLINE = 1.0
-# What a busy machine may add to the start of a process and to waking up; no attack is of a kind that ends just then.
-SLACK = 2.0
+SLACK = 0.3  # for the gold before it and a process to start; a busy machine has three tries
 
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)"
 BLOCKED, RESOURCE, TIMEOUT = verdicts.BLOCKED, verdicts.RESOURCE, verdicts.TIMEOUT
@@ -150,8 +149,17 @@ def judge(pool, database, golds, candidates):
     return outcome
 
 
-def attack(pool, database, sql):
-    """The verdict on an attack and the seconds it took; the file and the pool are as good as before."""
+def attack(pool, database, sql, limit=DEADLINE + GRACE + SLACK):
+    """The verdict on an attack and the seconds it took, if need be the last of three times."""
+    for _ in range(3):
+        verdict, seconds = attack_once(pool, database, sql)
+        if seconds < limit:
+            break
+    return verdict, seconds
+
+
+def attack_once(pool, database, sql):
+    """The file and the pool are as good afterwards as before."""
     sql = sql.replace("{folder}", str(database.parent))
     before = state(database)
     start = time.monotonic()
@@ -193,15 +201,18 @@ def test_what_is_strange_has_a_verdict(pool, database, sql):
     "name", ["endless count", "endless rows", "printf", "big sort", "more rows than are looked at"]
 )
 def test_a_gold_that_attacks_condemns_nobody_and_is_ended_in_time(pool, database, name):
-    start = time.monotonic()
-    outcome = judge(pool, database, [GREEDY[name]], ["SELECT 1", "SELEC 1"])
+    for _ in range(3):
+        start = time.monotonic()
+        outcome = judge(pool, database, [GREEDY[name]], ["SELECT 1", "SELEC 1"])
+        if (seconds := time.monotonic() - start) < DEADLINE + GRACE + SLACK:
+            break
     assert outcome.golds[0]["verdict"] in (
         verdicts.GOLD_TIMEOUT,
         verdicts.GOLD_TRUNCATED,
         verdicts.GOLD_ERROR,
     )
     assert outcome.candidates == []
-    assert time.monotonic() - start < DEADLINE + GRACE + SLACK
+    assert seconds < DEADLINE + GRACE + SLACK
 
 
 def test_candidates_before_and_after_an_attack_are_judged_as_if_it_were_not_there(pool, database):
@@ -247,4 +258,4 @@ def test_a_result_that_is_slow_to_compare_ends_in_time(database):
             took = time.monotonic() - start
             (found,) = outcome.candidates
             assert found["verdict"] in (verdicts.AMBIGUOUS, TIMEOUT, verdicts.WRONG_RESULT)
-            assert took < 20 + GRACE + SLACK
+            assert took < 20 + GRACE + 2  # its gold has 20 seconds

@@ -117,7 +117,9 @@ def some(cases: list[Case], most: int = MOST) -> list[Case]:
     return [case for of_kind in kinds.values() for case in rng.sample(of_kind, min(most, len(of_kind)))]
 
 
-def verify(cases: list[Case], bench: Bench, cache_dir: Path) -> list[Judged]:
+def verify(
+    cases: list[Case], bench: Bench, cache_dir: Path, databases: dict[str, list[str]] | None = None
+) -> list[Judged]:
     """What the package says about each case, a row for each gold."""
     rows: dict[Gold, list[Case]] = {}
     for case in cases:
@@ -129,7 +131,7 @@ def verify(cases: list[Case], bench: Bench, cache_dir: Path) -> list[Judged]:
             "rejected": [[case.sql for case in row] for row in rows.values()],
         }
     )
-    verified = verify_rejected(dataset, databases=bench.folder, cache_dir=cache_dir)
+    verified = verify_rejected(dataset, databases=databases or bench.folder, cache_dir=cache_dir)
     return [
         Judged(case, verdict, detail, row["gold_verdict"])
         for row, row_cases in zip(verified, rows.values(), strict=True)
@@ -207,6 +209,15 @@ def test_no_rewrite_of_a_gold_is_called_wrong(bench, tmp_path):
     assert [each for each in judged if each.verdict in WRONG] == []
     assert sum(counter.total() >= 30 for counter in counts.values()) >= 10
     assert {each.verdict for each in judged} <= set(VERDICTS)
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["half of all values NULL", "no rows at all"])
+def test_no_rewrite_is_called_wrong_where_the_data_say_little(bench, place, tmp_path):
+    harsh = {db_id: [str(paths[place])] for db_id, paths in bench.harsh.items()}
+    judged = verify(some(bench.rewrites), bench, tmp_path / "cache", harsh)
+    print_table("verdicts on rewrites", by_kind(judged))
+    assert [each for each in judged if each.verdict in WRONG] == []
+    assert sum(each.gold_verdict in GOLD_USABLE for each in judged) > 0.9 * len(judged)
 
 
 def test_another_order_of_the_columns_or_one_more_is_ambiguous(bench, tmp_path):
