@@ -156,6 +156,7 @@ def score(judge: Verifier, asked: list[Question], texts: list[list[str]]) -> lis
         for row, result in pool.run(tasks):
             found[row] = result
             bar.update()
+        judge.databases.check_unchanged()
     return found
 
 

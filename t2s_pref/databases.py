@@ -13,7 +13,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from t2s_pref.errors import UserError, one_line
-from t2s_pref.weights import hash_parts, remembered_hashes
+from t2s_pref.files import own_prefix
+from t2s_pref.weights import hash_file, hash_parts, remembered_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ SUFFIXES = (".sqlite", ".sqlite3", ".db")
 PLACEHOLDER = "{db_id}"
 EXPECTED = "databases are a folder of <db_id>/<db_id>.sqlite, a SQLite file, a mapping from db_id, or a URL"
 HEADER = b"SQLite format 3\0"
+SUPER = bytes.fromhex("d9d505f920a163d7")  # the end of a journal that names a super-journal
 SHOWN = 10  # names in an error
 # A file with one of these beside it, not empty, holds changes that the file itself lacks.
 LIVE = ("-wal", "-journal")
@@ -64,14 +66,15 @@ class Databases:
         version: str | None = None,
         memo: Path | None = None,
     ) -> None:
-        self._copies = tempfile.TemporaryDirectory(prefix="t2s_pref-databases-", ignore_cleanup_errors=True)
+        self._copies: Path | None = None
+        self._seen: dict[Path, tuple[os.stat_result, str]] = {}
         self._found: dict[str | None, tuple[Instance, ...]] = {}
         self._dialects: dict[str | None, str] = {}
         self.version = version
         try:
             self._find(given, sorted(set(db_ids), key=lambda name: (name is not None, name)), memo)
         except BaseException:
-            self._copies.cleanup()
+            self._clean_up()
             raise
 
     def __enter__(self) -> "Databases":
@@ -80,7 +83,11 @@ class Databases:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._copies.cleanup()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self._copies is not None:
+            shutil.rmtree(self._copies, ignore_errors=True)
 
     def __getitem__(self, db_id: str | None) -> tuple[Instance, ...]:
         """The instances of a database; none where it does not exist."""
@@ -100,6 +107,16 @@ class Databases:
         """Hashes by db_id, for a key; `None` where a server's content is not known, so that nothing may be cached."""
         hashes = {str(db_id): [each.content for each in found] for db_id, found in self._found.items()}
         return None if any(None in of for of in hashes.values()) else hashes
+
+    def check_unchanged(self) -> None:
+        """Raise [`UserError`] where a file is not the one any more that was hashed."""
+        for file, (before, content) in self._seen.items():
+            try:
+                same = _same(file.stat(), before) or hash_file(file) == content
+            except OSError:
+                same = False
+            if not same:
+                raise UserError(f"{str(file)!r} has changed since the run began; start again when it stays as it is.")
 
     def _find(self, given: DatabasesLike, db_ids: list[str | None], memo: Path | None) -> None:
         try:
@@ -127,8 +144,10 @@ class Databases:
         if others and len(others) == len(files):
             more = f", and neither are {len(others) - 1} others" if len(others) > 1 else ""
             raise UserError(f"{others[0]!r} is no SQLite database{more}; {EXPECTED}.")
-        copies = {file for file in files.values() if file.is_relative_to(self._copies.name)}
-        hashes = remembered_hashes(set(files.values()) - copies, memo) | remembered_hashes(copies, None)
+        copies = {file for file in files.values() if self._copies and file.is_relative_to(self._copies)}
+        before = {file: file.stat() for file in set(files.values()) - copies}
+        hashes = remembered_hashes(before, memo) | remembered_hashes(copies, None)
+        self._seen = {file: (status, hashes[file]) for file, status in before.items()}
         for db_id, of in places.items():
             self._found[db_id] = tuple(
                 Instance(place, _server_content(place, self.version), server=True)
@@ -146,7 +165,17 @@ class Databases:
         logs = [log for suffix in LIVE if (log := path.with_name(path.name + suffix)).exists() and log.stat().st_size]
         if not logs:
             return path
-        folder = Path(tempfile.mkdtemp(dir=self._copies.name))
+        for log in logs:
+            with open(log, "rb") as opened:
+                opened.seek(-len(SUPER), os.SEEK_END) if log.stat().st_size > len(SUPER) else None
+                if opened.read() == SUPER:  # rolling it back deletes the file that it names, whatever that is
+                    raise UserError(
+                        f"{str(log)!r} is of several databases at once; let the program that made it end it."
+                    )
+        if self._copies is None:
+            temporary = Path(tempfile.gettempdir())
+            self._copies = Path(tempfile.mkdtemp(dir=temporary, prefix=own_prefix(temporary, "t2s_pref-databases-")))
+        folder = Path(tempfile.mkdtemp(dir=self._copies))
         before = remembered_hashes([path, *logs], None)
         for file in (path, *logs):
             shutil.copyfile(file, folder / file.name)  # not its mode: a copy is to be written to
@@ -188,7 +217,8 @@ def _in_place(place: str | os.PathLike[str], db_id: str | None, name: str | None
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
-        raise UserError(f"{text!r} is neither a file nor a folder; {EXPECTED}.")
+        shown = "what was given" if ":" in text and "@" in text else repr(text)  # a URL with one slash, and a password
+        raise UserError(f"{shown} is neither a file nor a folder; {EXPECTED}.")
     inside = path if name is None else path / name
     if name == "":
         files = []
@@ -213,6 +243,11 @@ def _nothing_found(given: DatabasesLike, db_id: str | None) -> str:
     if deeper := next((child for child in children if child.is_dir() and _in_place(child, db_id, db_id)), None):
         return f"{found}, and found that in {str(deeper)!r}."
     return f"{found}, and found {[child.name for child in children][:SHOWN] or 'nothing'}."
+
+
+def _same(one: os.stat_result, other: os.stat_result) -> bool:
+    names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _is_sqlite(file: Path) -> bool:
@@ -259,4 +294,6 @@ def _server_content(url: str, version: str | None) -> str | None:
     known = (address.get_backend_name(), address.username, address.host, address.port, address.database)
     # `passwd` and `sslpassword` are passwords too
     options = sorted((name, value) for name, value in address.query.items() if "pass" not in name)
-    return hash_parts([repr((known, options, version)).encode()])
+    # what its client library takes from the environment, where the URL does not say it
+    outside = sorted((name, value) for name, value in os.environ.items() if name[:2] == "PG" and "PASS" not in name)
+    return hash_parts([repr((known, options, outside, version)).encode()])

@@ -11,8 +11,10 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -132,7 +134,8 @@ class _Worker:
         )
         for pipe in (self.process.stdin, self.process.stdout):
             os.set_blocking(pipe.fileno(), False)
-        self.unsent, self.unread = b"", b""
+        self.unsent, self.unread = memoryview(b""), b""
+        self.seconds = 0.0  # that it has for an answer once all is sent
         self.ready = False
         self.deadline = time.monotonic() + START
 
@@ -146,18 +149,20 @@ class _Worker:
             self.process.wait(END)
 
     def send(self, message: dict[str, Any], seconds: float) -> None:
-        self.unsent = json.dumps(message).encode() + b"\n"
-        self.deadline = time.monotonic() + seconds + GRACE
+        # a lone surrogate has no UTF-8, and JSON's escapes do have it
+        self.unsent = memoryview(json.dumps(message).encode() + b"\n")
+        self.seconds = seconds
         self.write()
 
     def write(self) -> None:
+        """Send as much as the pipe takes; the time for an answer begins when all is sent."""
         try:
-            while self.unsent:
-                self.unsent = self.unsent[os.write(self.process.stdin.fileno(), self.unsent) :]
+            self.unsent = self.unsent[os.write(self.process.stdin.fileno(), self.unsent) :]
         except BlockingIOError:
-            pass
+            return
         except OSError:  # it has died: reading will tell
-            self.unsent = b""
+            self.unsent = memoryview(b"")
+        self.deadline = time.monotonic() + (START if self.unsent else self.seconds + GRACE)
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """The whole answers that have come, and whether the process still lives."""
@@ -180,6 +185,7 @@ class _Running:
     job: Job
     outcome: Outcome
     died_at: int = -1  # how many answers there were when a process died under it
+    repeated: int = 0  # how many golds the present process has answered for
 
     def message(self, bounds: Bounds) -> dict[str, Any]:
         done = len(self.outcome.candidates)
@@ -268,8 +274,10 @@ class WorkerPool:
             if worker.server is not running.job.server or worker.process.poll() is not None:
                 worker.stop()
                 worker = None
-        worker = worker or _Worker(running.job.server)
-        self._busy[worker] = running
+        with _uninterrupted():  # or a process that nobody knows of would be left
+            worker = worker or _Worker(running.job.server)
+            self._busy[worker] = running
+        running.repeated = 0
         self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
         if worker.ready:
             self._send(worker)
@@ -325,12 +333,15 @@ class WorkerPool:
             worker.deadline = time.monotonic() + answer.pop("next", 0.0) + GRACE
             if answer.pop("candidate", None) is not None:
                 candidates.append(answer)
-            elif answer.pop("gold") >= len(golds):
+            elif (place := answer.pop("gold")) >= len(golds):
                 golds.append(answer)
-            elif answer["verdict"] not in verdicts.GOLD_USABLE:
-                # a candidate cost the first process, and in a second one the gold that ran before does not
-                doubt = _lost(verdicts.UNVERIFIED, f"its gold could not be run again: {answer['detail']}")
-                candidates += [doubt] * (len(running.job.candidates) - len(candidates))
+                running.repeated = place + 1
+            else:
+                running.repeated = place + 1
+                if answer["verdict"] not in verdicts.GOLD_USABLE:
+                    # a candidate cost the first process, and in a second one the gold that ran before does not
+                    doubt = _lost(verdicts.UNVERIFIED, f"its gold could not be run again: {answer['detail']}")
+                    candidates += [doubt] * (len(running.job.candidates) - len(candidates))
         return None
 
     def _lose(self, worker: _Worker, verdict: str) -> list[_Running]:
@@ -350,12 +361,31 @@ class WorkerPool:
         if len(running.outcome.golds) < len(running.job.golds):
             running.outcome.golds.append(_lost(verdicts.GOLD_TIMEOUT if late else verdicts.GOLD_ERROR, detail))
             return [running]
+        if running.repeated < len(running.job.golds):  # it was at a gold that had run before, at no candidate
+            verdict, detail = verdicts.UNVERIFIED, f"its gold could not be run again: {detail}"
         if len(running.outcome.candidates) < len(running.job.candidates):
             running.outcome.candidates.append(_lost(verdict, detail))
         if len(running.outcome.candidates) == len(running.job.candidates):
             return [running]
         self._pending.appendleft(running)
         return []
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment."""
+    held: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def check_workers(workers: int | None) -> None:

@@ -28,6 +28,7 @@ _AFTER_KEY = words("collate asc desc nulls first last")
 _AGGREGATES = words("count sum avg total min max group_concat string_agg json_group_array json_group_object median")
 _ENDS = words("having order limit union intersect except window fetch offset")
 _AFTER_FROM = _ENDS | words("where group")
+MOST_SELECTS = 50  # that a query may have: each is looked at to its end
 MIXES = 4  # pairs of random orders of the tables, in turn with and without ties broken at random as well
 _MAY_MIX = re.compile(
     r"\b(?:group|limit|fetch|over|min|max|distinct|group_concat|string_agg|array_agg|json\w*_(?:agg|array|object)\w*)\b"

@@ -42,6 +42,7 @@ INSTALL = "pip install 't2s_pref[servers]'"
 EXACT = 2**53  # integers up to it are floats without loss
 LARGEST = 300  # digits of an integer that a float can still be compared with
 ABSENT = (1044, 1049)  # MySQL's: access denied to a database, unknown database
+PASSING = words("init_command sql_mode")  # options of MySQL's driver that a reset session has lost
 RAND_MAX = 0x3FFFFFFF  # of MySQL's generator
 RESET = 0x1F  # COM_RESET_CONNECTION: variables, locks, temporary tables, prepared statements of a session
 
@@ -56,6 +57,7 @@ ACTIONS = words(
     "binlog xa move reassign repack wait backup cache check checksum clone get help resignal restart signal slave "
     "stop if loop while repeat case for"
 )
+ENDING = words("pg_terminate_backend pg_cancel_backend")  # which any role may do to its own
 WRITES = words("insert update delete merge replace")
 # What a quotation mark opens, whatever stands in it: never a keyword.
 QUOTED = {kind for kind in TokenType if kind.name.endswith("_STRING")} | {TokenType.STRING, TokenType.IDENTIFIER}
@@ -69,6 +71,7 @@ POSTGRES = {
     "3F000": verdicts.MISSING_TABLE,
     "42703": verdicts.MISSING_COLUMN,
     "42883": verdicts.MISSING_FUNCTION,
+    "08P01": verdicts.OTHER_ERROR,  # a parameter that nobody gives a value
     "57014": verdicts.TIMEOUT,
     "25006": verdicts.BLOCKED,
     "42501": verdicts.BLOCKED,
@@ -92,6 +95,7 @@ MYSQL = {
     **dict.fromkeys((3024, 1969, 1317, 1028), verdicts.TIMEOUT),
     **dict.fromkeys((1044, 1142, 1143, 1227, 1290, 1370, 1410, 1792, 1235), verdicts.BLOCKED),
     **dict.fromkeys((3, 5, 28, 1021, 1037, 1038, 1041, 1114, 1205, 1213, 1226), verdicts.RESOURCE),
+    **dict.fromkeys((1104, 1119, 1153, 1436), verdicts.RESOURCE),
     **dict.fromkeys((2006, 2013, 2055, 1053, 1927), verdicts.WORKER_DIED),
 }
 
@@ -110,6 +114,12 @@ class ServerDatabase:
         except Exception as error:  # what it quotes of a URL that is none may be a part of the password
             raise Failed(verdicts.UNREACHABLE, "no URL like dialect://user:password@host/database") from error
         options = [value for name, value in address.query.items() if "pass" in name]
+        if "@" in f"{address.host}{address.database}":  # where it ends, a password may have begun
+            raise Failed(verdicts.UNREACHABLE, "the URL has an @ too many; in a password write %40, and %2F for a /")
+        if lasting := sorted(PASSING & set(address.query)):
+            raise Failed(
+                verdicts.UNREACHABLE, f"{lasting[0]} in the URL would hold for one statement only; leave it out"
+            )
         self._secrets = [str(part) for part in (address.password, *options) if part]
         try:
             self.postgres = address.get_backend_name() == "postgresql"
@@ -125,8 +135,6 @@ class ServerDatabase:
         except Exception as error:  # SQLAlchemy's for a URL that is none, and each driver's own
             if self._is_absent(error, address):  # a detail that becomes a column, and may be published: no host in it
                 raise Failed(verdicts.NO_DATABASE, f"no database {address.database!r} for this role") from error
-            if "@" in (address.host or ""):  # of a password in which nobody quoted an @, the rest is taken for the host
-                self._secrets += address.host.split("@")[:-1]
             raise Failed(verdicts.UNREACHABLE, self._message(error)) from error
         self.maria = "mariadb" in number.lower()
         name = "PostgreSQL" if self.postgres else "MariaDB" if self.maria else "MySQL"
@@ -148,10 +156,18 @@ class ServerDatabase:
             raise Failed(verdicts.RESOURCE, "only SQLite reverses rows without an order")
         _check(sql, "postgres" if self.postgres else "mysql")
         try:
+            return self._run(sql, seconds, seed)
+        except Failed as failed:
+            if failed.verdict != verdicts.WORKER_DIED:
+                raise
+        return self._run(sql, seconds, seed)  # its session was ended from outside: only a second time it is to blame
+
+    def _run(self, sql: str, seconds: float, seed: int) -> Rows:
+        try:
             milliseconds = max(1, int(seconds * 1000))
             self._begin(milliseconds, seed)
             deadline = time.monotonic() + milliseconds / 1000  # no later than the server's
-            width, rows = self._stream(sql)
+            width, rows = self._stream(sql, deadline)
             return Rows(width, self._fetch(rows, deadline))
         except Failed:
             raise
@@ -198,23 +214,26 @@ class ServerDatabase:
         self._say(f"SET SESSION {limit}, rand_seed1 = {seeds[0] % RAND_MAX}, rand_seed2 = {seeds[1] % RAND_MAX}")
         self._say("START TRANSACTION READ ONLY")
 
-    def _stream(self, sql: str) -> tuple[int, Iterator[tuple]]:
+    def _stream(self, sql: str, deadline: float) -> tuple[int, Iterator[tuple]]:
         """How many columns, and the rows one by one as the server sends them."""
         if self.postgres:
             cursor = self._connection.cursor()
             # `binary` asks for the extended protocol, which takes one statement only
             cursor.execute(f"DECLARE result NO SCROLL CURSOR FOR {sql}", binary=True)
             cursor.execute(f"FETCH {CHUNK} FROM result")
-            return len(cursor.description), self._fetched(cursor)
+            return len(cursor.description), self._fetched(cursor, deadline)
         from pymysql.cursors import SSCursor
 
         cursor = self._connection.cursor(SSCursor)
         cursor.execute(sql)
         return len(cursor.description or ()), iter(cursor.fetchone, None)
 
-    def _fetched(self, cursor: Any) -> Iterator[tuple]:
+    def _fetched(self, cursor: Any, deadline: float) -> Iterator[tuple]:
         while chunk := cursor.fetchall():
             yield from chunk
+            # the limit holds for each FETCH anew, and the statement may have lifted it
+            left = max(1, int(1000 * (deadline - time.monotonic())))
+            self._say(f"SET LOCAL statement_timeout = {left}")
             cursor.execute(f"FETCH {CHUNK} FROM result")
 
     def _fetch(self, rows: Iterator[tuple], deadline: float) -> list[tuple]:
@@ -262,17 +281,17 @@ class ServerDatabase:
         cause = error.orig if isinstance(error, DBAPIError) else error
         if not self.postgres:
             return bool(cause.args) and cause.args[0] in ABSENT
-        # no code comes with it: PostgreSQL names the database, and where it is about the role, that too
-        text = str(cause)
-        return f'"{address.database}"' in text and (
-            address.username == address.database or f'"{address.username}"' not in text
-        )
+        # no code comes with it; in other languages than English it is taken for a server out of reach
+        name = re.escape(str(address.database))
+        return bool(re.search(rf'database "{name}" does not exist|permission denied for database "{name}"', str(cause)))
 
     def _verdict_of(self, error: Exception) -> str:
         if self.postgres:
             code = getattr(error, "sqlstate", None) or ""
             if code == "42883" and "operator" in str(error):
                 return verdicts.OTHER_ERROR
+            if "memory exhausted" in str(error):
+                return verdicts.RESOURCE
             if not code:
                 return verdicts.WORKER_DIED if type(error).__name__ == "OperationalError" else verdicts.RESOURCE
             return POSTGRES.get(code) or POSTGRES.get(code[:2]) or verdicts.OTHER_ERROR
@@ -372,6 +391,8 @@ def _check(sql: str, dialect: str) -> None:
         raise Failed(verdicts.BLOCKED, "WITH changes data")
     if "into" in names or not {("for", "update"), ("for", "share")}.isdisjoint(pairwise(names)):
         raise Failed(verdicts.BLOCKED, "writes or locks")
+    if not ENDING.isdisjoint(names):
+        raise Failed(verdicts.BLOCKED, "ends other sessions")
     if ("lock", "in") in pairwise(names) or (dialect == "mysql" and LIVE_COMMENT.search(sql)):
         raise Failed(verdicts.BLOCKED, "locks, or hides SQL in a comment")
 

@@ -13,7 +13,7 @@ from datasets.utils import tqdm
 from t2s_pref import verdicts
 from t2s_pref.databases import Databases
 from t2s_pref.pool import Bounds, Candidate, Gold, Job, Task, WorkerPool, check_workers
-from t2s_pref.probes import mixed_probes, probes
+from t2s_pref.probes import MOST_SELECTS, mixed_probes, probes
 from t2s_pref.sql import extract_sql, normalize_sql, other_readings, shorter_readings, uncut_sql
 from t2s_pref.store import SampleStore, record_key
 from t2s_pref.trees import is_ordered, sql_tokens, volatile
@@ -21,6 +21,8 @@ from t2s_pref.weights import hash_parts
 
 # Raise it when the same SQL on the same data gets another verdict: what older code found is then not served.
 VERIFY_VERSION = 1
+
+PIECE = 50  # candidates that are sent to a process together: what it found of more would be lost with it
 
 # Verdicts are written down when so many are new, or so many seconds have passed since the last time.
 WRITE_AFTER = 500
@@ -59,6 +61,8 @@ class Verifier:
         check_workers(workers)
         self.databases, self.bounds, self.workers = databases, bounds, workers
         self._known: dict[bytes, dict[str, Any]] = {}
+        self._fresh: list[tuple[bytes, dict[str, Any]]] = []  # not written down yet
+        self._written = time.monotonic()
         self._store: SampleStore | None = None
         if store is not None and databases.contents is not None:
             name = hash_parts([json.dumps(self._settings(), sort_keys=True).encode()])
@@ -103,17 +107,12 @@ class Verifier:
                 wanted[question] = missing
         if not wanted:
             return self._is_for_good()
-        written, fresh = time.monotonic(), []
         with WorkerPool(self.workers, self.bounds) as pool, tqdm(total=len(wanted), desc=desc, unit=" golds") as bar:
             try:
-                for _, records in pool.run(self._task(question, texts) for question, texts in wanted.items()):
-                    fresh += records
+                for _ in pool.run(self._task(question, texts) for question, texts in wanted.items()):
                     bar.update()
-                    if len(fresh) >= WRITE_AFTER or time.monotonic() > written + WRITE_SECONDS:
-                        self._keep(fresh)
-                        written, fresh = time.monotonic(), []
             finally:
-                self._keep(fresh)  # interrupted too: what was found is not lost
+                self._keep()  # interrupted too: what was found is not lost
         return self._is_for_good()
 
     def _is_for_good(self) -> bool:
@@ -148,7 +147,16 @@ class Verifier:
         key = self._key(question, text)
         return self._known.get(key) or (self._store.get(key) if self._store is not None else None)
 
-    def _keep(self, records: list[tuple[bytes, dict[str, Any]]]) -> None:
+    def _note(self, records: list[tuple[bytes, dict[str, Any]]]) -> None:
+        """Take records, and write them down where they are many or old."""
+        self._fresh += records
+        if len(self._fresh) >= WRITE_AFTER or time.monotonic() > self._written + WRITE_SECONDS:
+            self._keep()
+
+    def _keep(self) -> None:
+        records, self._fresh, self._written = self._fresh, [], time.monotonic()
+        if records:
+            self.databases.check_unchanged()  # or what was found of other data would be kept under the name of these
         for key, record in records:
             if self._store is None or record["verdict"] == verdicts.UNVERIFIED:
                 self._known[key] = record  # a gold that could not be repeated just now may well be another time
@@ -157,18 +165,34 @@ class Verifier:
 
     # Finding out
 
-    def _task(self, question: Question, texts: list[str]) -> Task[list[tuple[bytes, dict[str, Any]]]]:
-        """Jobs for one question, instance by instance; returns the records of what was found."""
-        instances = self.databases[question.db_id]
+    def _task(self, question: Question, texts: list[str]) -> Task[None]:
+        """Find out about one question, a piece of its candidates after the other."""
         known = self._get(question)
-        dialect = self.databases.dialect(question.db_id)  # what runs; the row's own is how its text is read
+        golds = yield from self._golds(question)
+        for start in range(0, max(1, len(texts)), PIECE):
+            records = yield from self._piece(question, golds, known, texts[start : start + PIECE])
+            known = known or records[0][1]
+            self._note(records)
+            if known["verdict"] not in verdicts.GOLD_USABLE:
+                return
+
+    def _golds(self, question: Question) -> Task[tuple[Gold, ...]]:
+        instances = self.databases[question.db_id]
         golds = []
         for text in question.golds:
             sql = statement_of(text)
             if instances and (uncut := uncut_sql(text)):  # what the engine takes as it stands was not to be cut
                 outcome = yield Job(instances[0].address, (Gold(uncut, proven=True),), server=instances[0].server)
                 sql = uncut if outcome.golds[0]["verdict"] in verdicts.GOLD_USABLE else sql
-            golds.append(as_gold(sql, dialect))
+            golds.append(as_gold(sql, self.databases.dialect(question.db_id)))
+        return tuple(golds)
+
+    def _piece(
+        self, question: Question, golds: tuple[Gold, ...], known: dict[str, Any] | None, texts: list[str]
+    ) -> Task[list[tuple[bytes, dict[str, Any]]]]:
+        """Jobs for some candidates, instance by instance; returns the records of what was found, the gold's first."""
+        instances = self.databases[question.db_id]
+        dialect = self.databases.dialect(question.db_id)  # what runs; the row's own is how its text is read
         verdicts_of_gold: list[tuple[str, str]] = []
         of_texts: dict[str, list[dict[str, Any]]] = {text: [] for text in texts}
         for place, instance in enumerate(instances):
@@ -180,7 +204,7 @@ class Verifier:
             if known and not open_texts:
                 verdicts_of_gold.append((before, known["detail"]))
                 continue
-            ready = tuple(gold._replace(proven=before is not None) for gold in golds)
+            ready = tuple(gold._replace(proven=gold.proven or before is not None) for gold in golds)
             candidates = tuple(as_candidate(statement_of(text), dialect) for text in open_texts)
             outcome = yield Job(instance.address, ready, candidates, server=instance.server)
             worst = of_golds(outcome.golds)
@@ -196,7 +220,7 @@ class Verifier:
         verdict, detail = of_instances(verdicts_of_gold)
         gold = {"verdict": verdict, "detail": detail, "instances": [each[0] for each in verdicts_of_gold]}
         records = [] if known else [(self._key(question), gold)]
-        if verdict in verdicts.GOLD_USABLE:
+        if known or verdict in verdicts.GOLD_USABLE:  # a gold that fails the second time leaves them unverified
             records += [(self._key(question, text), of_candidate(found)) for text, found in of_texts.items()]
         return records
 
@@ -249,7 +273,7 @@ def as_candidate(sql: str, dialect: str) -> Candidate:
 
 def _doubts(sql: str, dialect: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """How to find out whether the data determine what a statement returns, and why they may not."""
-    if not sql_tokens(sql, dialect):
+    if sql.lower().count("select") > MOST_SELECTS or not sql_tokens(sql, dialect):
         return (), (), "it cannot be taken apart, so nothing tells whether the data determine its result"
     changing = volatile(sql, dialect)
     why = f"{changing} changes with time or chance" if changing else ""

@@ -125,13 +125,13 @@ def content_hash(folder: Path, memo: Path) -> str:
 
 
 def remembered_hashes(files: Iterable[Path], memo: Path | None) -> dict[Path, str]:
-    """The hash of each file's bytes; one that `memo` knows by path, size and modification time is not read again."""
+    """The hash of each file's bytes; one that `memo` knows by path, size, times and number is not read again."""
     known = _read_memo(memo) if memo else {}
     fresh: dict[str, str] = {}
     hashes: dict[Path, str] = {}
     for file in files:
         status = file.stat()
-        key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+        key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
         if key not in known:
             fresh[key] = known[key] = hash_file(file)
         hashes[file] = known[key]

@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 if __name__ == "__main__":  # -I keeps even the script's own folder from the path; last, for nothing there is to shadow
     sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -102,10 +103,16 @@ class SqliteDatabase:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_VALUE)
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
         connection.create_function("random", 0, lambda: self._random.getrandbits(62))
+        connection.create_function("randomblob", 1, self._random_blob)
         connection.set_authorizer(_authorize)
         connection.set_progress_handler(self._late, TICK)
         self._connections[reverse] = connection
         return connection
+
+    def _random_blob(self, size: Any) -> bytes:
+        # one byte more than is allowed, and SQLite itself says that it is too much
+        wanted = int(size) if isinstance(size, int | float) and size == size and abs(size) < HEAP else LONGEST_VALUE + 1
+        return self._random.randbytes(max(1, min(wanted, LONGEST_VALUE + 1)))
 
     def _late(self) -> bool:
         return time.monotonic() > self._deadline

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -228,6 +229,41 @@ def test_half_a_transaction_that_a_crash_left_is_not_seen(tmp_path, cache_dir):
     before = state(crashed)
     assert count(crashed / "x.sqlite", cache_dir) == "equivalent"
     assert state(crashed) == before
+
+
+def test_a_journal_that_names_another_file_is_not_played_back(tmp_path):
+    path, victim = make(tmp_path / "x.sqlite"), tmp_path / "victim.txt"
+    victim.write_text("mine")
+    name = str(victim).encode()
+    trailer = struct.pack(">I", 0x40000000 // 1024 + 1) + name + struct.pack(">II", len(name), sum(name))
+    header = bytes.fromhex("d9d505f920a163d7") + struct.pack(">IIIII", 0, 1, 2, 512, 1024)
+    journal = tmp_path / "x.sqlite-journal"
+    journal.write_bytes(header.ljust(512, b"\0") + trailer + bytes.fromhex("d9d505f920a163d7"))
+    before = state(tmp_path)
+    with pytest.raises(UserError, match="is of several databases at once"):
+        Databases(path, [None])
+    assert state(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", ["other data", "emptied", "cut", "garbage"])
+def test_verdicts_on_a_file_that_changes_during_a_run_are_not_kept(tmp_path, change):
+    path, question = make(tmp_path / "x.sqlite", 3), Question(None, "sqlite", ("SELECT count(*) FROM t",))
+    content = path.read_bytes()
+    with Databases(path, [None]) as databases, Verifier(databases, Bounds(), 1, tmp_path / "verdicts") as verifier:
+        changed = make(tmp_path / "other.sqlite", 5).read_bytes()
+        path.write_bytes({"other data": changed, "emptied": b"", "cut": content[:4096]}.get(change, b"?" * 9999))
+        with pytest.raises(UserError, match="has changed since the run began"):
+            verifier.judge([(question, ["SELECT 3"])])
+    path.write_bytes(content)
+    with Databases(path, [None]) as databases, Verifier(databases, Bounds(), 1, tmp_path / "verdicts") as verifier:
+        verifier.judge([(question, ["SELECT 3"])])
+        assert verifier.candidate(question, "SELECT 3").verdict == "equivalent"
+
+
+def test_a_url_with_one_slash_is_not_repeated():
+    with pytest.raises(UserError) as refused:
+        Databases("postgresql:/me:s3cret@h/d", [None])
+    assert "s3cret" not in str(refused.value)
 
 
 def test_a_servers_content_has_a_name_only_if_the_user_gives_one(caplog):

@@ -19,6 +19,10 @@ LIBRARY = f"{demo_files().databases}/library/library.sqlite"
 SLOW = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
 
 
+# nothing but a kill ends it
+INSTR = "SELECT instr(hex(zeroblob(4000000)), hex(zeroblob(2000000)) || '1')"
+
+
 def job(*candidates, gold="SELECT count(*) FROM book"):
     return Job(LIBRARY, (Gold(gold),), tuple(map(Candidate, candidates)))
 
@@ -113,6 +117,65 @@ def test_texts_of_megabytes_pass_both_ways():
     with WorkerPool(1) as pool:
         ((_, (found,)),) = pool.run([task(job(*[text] * 5, gold=text))])
     assert found == ["equivalent"] * 5
+
+
+def test_a_large_job_is_sent_before_its_time_begins_and_a_busy_parent_costs_nobody():
+    large = task(job(*["SELECT 'é" + "x" * 900_000 + "'"] * 40))
+
+    def slow():
+        yield job("SELECT 1")
+        time.sleep(3)
+        return []
+
+    with WorkerPool(2, Bounds(gold_timeout=2, timeout=2)) as pool:
+        found = dict(pool.run([large, slow()]))
+    assert found[0] == [["wrong_result"] * 40]
+
+
+def test_a_candidate_is_not_blamed_for_what_happens_to_the_gold_before_it():
+    gold = f"{SLOW.replace('FROM c)', 'FROM c WHERE x < 2000000)')}"
+    stopped = []
+
+    def stop_the_second():
+        assert eventually(lambda: bool(children()))
+        first = children()
+        assert eventually(lambda: bool(set(children()) - set(first)))
+        (other,) = set(children()) - set(first)
+        time.sleep(0.25)
+        stopped.append(other)
+        os.kill(other, signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop_the_second)
+    thread.start()
+    with WorkerPool(1, Bounds(timeout=1, gold_timeout=6)) as pool:
+        ((_, (found,)),) = pool.run([task(job(INSTR, "SELECT 2000000", gold=gold))])
+    thread.join()
+    assert found[0] == verdicts.TIMEOUT
+    assert found[1] == (verdicts.UNVERIFIED if stopped else "equivalent")
+
+
+def test_an_interrupt_at_any_moment_leaves_no_process():
+    code = f"""
+import os, random, signal, sys, threading, time
+from t2s_pref.pool import Candidate, Gold, Job, WorkerPool
+def task():
+    yield Job({LIBRARY!r}, (Gold("SELECT 1"),), (Candidate("SELECT 2"),))
+for number in range(60):
+    threading.Timer(random.Random(number).uniform(0.0002, 0.008), os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        with WorkerPool(2) as pool:
+            for _ in range(9):
+                list(pool.run([task(), task()]))
+            time.sleep(1)
+    except KeyboardInterrupt:
+        pass
+print("go", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"go\n"
+        assert eventually(lambda: not children(process.pid), 5)
+        process.stdin.close()
 
 
 def test_two_pools_work_at_once_and_in_threads():

@@ -1,9 +1,11 @@
 """What a statement may not do to a server, to its worker, or to the next statement; on real servers."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -143,11 +145,72 @@ def test_bits_are_numbers(kind, url):
     database.close()
 
 
-def test_a_statement_that_ends_its_own_session_costs_no_other(database, kind):
-    own = "pg_terminate_backend(pg_backend_pid())"
-    if kind == "postgres":
-        assert outcome(database, f"SELECT {own}") == "worker_died"
-    assert outcome(database, "SELECT 1") == [(1,)]
+@only("postgres")
+def test_no_statement_ends_a_session(database, kind):
+    for ending in ("pg_terminate_backend(pg_backend_pid())", "pg_cancel_backend(1)"):
+        assert outcome(database, f"SELECT {ending}") == "blocked"
+
+
+def test_a_statement_whose_session_was_ended_from_outside_is_run_again(database, kind, url):
+    name = make_url(url).database
+    started = threading.Event()
+
+    def end():
+        started.wait()
+        time.sleep(0.7)
+        if kind == "postgres":
+            administer(kind, (f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",))
+        else:
+            for (number,) in administer(kind, (f"SELECT id FROM information_schema.processlist WHERE db = '{name}'",)):
+                administer(kind, (f"KILL {number}",))
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    started.set()
+    sleeping = "SELECT 7 FROM pg_sleep(1.2)" if kind == "postgres" else "SELECT 7 + sleep(1.2)"
+    assert outcome(database, sleeping, 5) == [(7,)]
+    thread.join()
+
+
+@only("postgres")
+def test_a_value_that_nobody_gives_is_an_error_like_any_other(database, kind):
+    assert outcome(database, "SELECT id FROM book WHERE id = $1") == "other_error"
+
+
+@only("postgres")
+def test_a_statement_cannot_lift_its_time_limit(database, kind, url):
+    lifting = "CASE WHEN g = 300 THEN pg_sleep(6)::text ELSE set_config('statement_timeout', '0', true) END"
+    start = time.monotonic()
+    assert outcome(database, f"SELECT g, {lifting} FROM generate_series(1, 400) g", 1.0) == "timeout"
+    assert time.monotonic() - start < 4
+
+
+@only("postgres")
+def test_a_server_that_is_full_is_out_of_reach_and_not_without_the_database(kind, url):
+    name = make_url(url).database
+    administer(kind, (f"ALTER DATABASE {name} CONNECTION LIMIT 0",))
+    try:
+        with pytest.raises(Failed) as caught:
+            ServerDatabase(url, LIMITS)
+    finally:
+        administer(kind, (f"ALTER DATABASE {name} CONNECTION LIMIT -1",))
+    assert caught.value.verdict == "unreachable"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("postgresql://me:p@ss/word@127.0.0.1/db", "an @ too many"),
+        ("mysql://me:s3cr@t@127.0.0.1/db", "an @ too many"),
+        ("mysql://me@127.0.0.1/db?sql_mode=ANSI_QUOTES", "sql_mode in the URL"),
+        ("mysql://me@127.0.0.1/db?init_command=SELECT+1", "init_command in the URL"),
+    ],
+)
+def test_a_url_that_means_something_else_than_it_seems_is_refused(url, message):
+    with pytest.raises(Failed, match=message) as caught:
+        ServerDatabase(url, LIMITS)
+    assert caught.value.verdict == "unreachable"
+    assert not {"ss", "word", "s3cr"} & set(re.findall(r"\w+", caught.value.message))
 
 
 def test_a_session_that_others_ended_is_replaced(database, kind, url):

@@ -520,13 +520,14 @@ def test_what_only_the_databases_own_program_has_makes_nothing_wrong(tmp_path, c
 
 def test_chance_is_the_same_each_time(music, tmp_path):
     rejects = [
+        "SELECT hex(randomblob(8))",
         "SELECT random()",
         "SELECT name FROM singer ORDER BY random() LIMIT 2",
         "SELECT random(), id FROM singer",
     ]
     found = [verify_rejected(rows((GOLD, rejects)), music, cache_dir=tmp_path / str(number)) for number in range(2)]
     assert found[0][:] == found[1][:]
-    assert len(set(found[0]["result_digest"][0])) == 3
+    assert len(set(found[0]["result_digest"][0])) == 4
     assert set(found[0]["verdict"][0]) == {"ambiguous"}
 
 
@@ -1052,6 +1053,24 @@ def test_a_run_that_was_ended_goes_on_where_it_was(number, script, undisturbed, 
     assert written(tmp_path) == RECORDS  # nothing that was written down was run again
     assert done["rows"] == undisturbed["rows"]
     assert done["fingerprint"] == undisturbed["fingerprint"]
+
+
+def test_a_long_row_that_is_killed_keeps_what_was_found(music, tmp_path):
+    code = """
+import sys
+from datasets import Dataset
+from t2s_pref import verify_rejected
+count = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000) SELECT count(*) + %d FROM c"
+rows = Dataset.from_dict({"output": ["SELECT 7"], "rejected": [[count % number for number in range(900)]]})
+verify_rejected(rows, sys.argv[1], workers=1, cache_dir=sys.argv[2])
+"""
+    command = [sys.executable, "-c", code, str(music / "music" / "music.sqlite"), str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parent.parent, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not written(tmp_path) and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        process.kill()
+    assert 50 < written(tmp_path) < 901
 
 
 def test_two_processes_on_one_cache_both_get_it_right(script, undisturbed, tmp_path):
