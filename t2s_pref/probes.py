@@ -84,7 +84,7 @@ def _mixed(sql: str, dialect: str, sign: str) -> list[str]:
 
 
 def _tables(sql: str, tokens: list[Token], texts: list[str]) -> list[str]:
-    """The names after FROM and JOIN, as written, that the query does not define itself; none where one is qualified."""
+    """The names after FROM and JOIN, as written, without those of a schema and those that the query defines itself."""
     pairs = pairs_of(texts)
     own = set()
     for place, text in enumerate(texts[:-1]):
