@@ -213,10 +213,8 @@ def _evaluation(
             if of_one := [row for row in usable if db_ids[row] == db_id]:
                 groups[db_id] = of_one
     k = len(answers["sampled"][0]) if "sampled" in answers else 0
-    ways = {
-        "greedy": ("greedy", 1),
-        **{f"pass@{tries}": ("sampled", tries) for tries in sorted({1, k} - {0} if k else ())},
-    }
+    tries = sorted({1, k}) if k else []
+    ways = {"greedy": ("greedy", 1), **{f"pass@{j}": ("sampled", j) for j in tries}}
 
     def share(rows: list[int], way: str, tries: int, measure: str) -> float:
         chances = []

@@ -39,7 +39,8 @@ def reject(args: argparse.Namespace) -> None:
     chosen = {"keep": args.keep, "select": args.select, "max_per_row": args.max_per_row}
     proving: dict[str, Any] = {}
     if args.databases is not None:
-        proving = {**_running(args), "timeout": args.timeout, "max_candidates": args.max_candidates}
+        proving = {"databases": args.databases, "timeout": args.timeout, "max_candidates": args.max_candidates}
+        proving |= _running(args)
     else:
         for name, default in NEED_DATABASES.items():
             if getattr(args, name) != default:
@@ -73,7 +74,7 @@ def verify(args: argparse.Namespace) -> None:
         keep=args.keep or WRONG,
         timeout=args.timeout,
         cache_dir=args.cache_dir,
-        **_running(args, databases=False),
+        **_running(args),
     )
     _report(found, args.report)
     if not found.kept:
@@ -86,7 +87,7 @@ def audit(args: argparse.Namespace) -> None:
     from t2s_pref.audit import audit_golds
 
     _check_files(args, "sft_data", "report")
-    found = audit_golds(_rows(args), args.databases, cache_dir=args.cache_dir, **_running(args, databases=False))
+    found = audit_golds(_rows(args), args.databases, cache_dir=args.cache_dir, **_running(args))
     _report(found, args.report)
 
 
@@ -102,7 +103,7 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = _settings(args)
     engine = _engine(args)
     rows = _rows(args)
-    running = _running(args, databases=False)
+    running = _running(args)
     found = evaluate(rows, engine, args.databases, settings, timeout=args.timeout, cache_dir=args.cache_dir, **running)
     if found is None:
         return
@@ -182,11 +183,9 @@ def _rows(args: argparse.Namespace) -> Any:
     return rows.select(range(min(args.max_samples, len(rows)))) if args.max_samples else rows
 
 
-def _running(args: argparse.Namespace, databases: bool = True) -> dict[str, Any]:
-    """The arguments that say where and how long SQL is run."""
-    where = {"databases": args.databases} if databases else {}
+def _running(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that say how golds are run, the same for all commands."""
     return {
-        **where,
         "gold_timeout": args.gold_timeout,
         "database_version": args.database_version,
         "workers": args.workers,

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from t2s_pref.errors import UserError, one_line
 from t2s_pref.files import own_prefix
-from t2s_pref.weights import hash_file, hash_parts, remembered_hashes
+from t2s_pref.weights import hash_file, hash_parts, remembered_hashes, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class Databases:
         memo: Path | None = None,
     ) -> None:
         self._copies: Path | None = None
-        self._seen: dict[Path, tuple[os.stat_result, str]] = {}
+        self._stamps: dict[Path, str] = {}
+        self._hashes: dict[Path, str] = {}
         self._found: dict[str | None, tuple[Instance, ...]] = {}
         self._dialects: dict[str | None, str] = {}
         self.version = version
@@ -110,13 +111,16 @@ class Databases:
 
     def check_unchanged(self) -> None:
         """Raise [`UserError`] where a file is not the one any more that was hashed."""
-        for file, (before, content) in self._seen.items():
+        for file, before in self._stamps.items():
             try:
-                same = _same(file.stat(), before) or hash_file(file) == content
+                if (now := stamp(file)) == before:
+                    continue
+                same = hash_file(file) == self._hashes[file]
             except OSError:
                 same = False
             if not same:
                 raise UserError(f"{str(file)!r} has changed since the run began; start again when it stays as it is.")
+            self._stamps[file] = now  # touched, and not to be read again for that
 
     def _find(self, given: DatabasesLike, db_ids: list[str | None], memo: Path | None) -> None:
         try:
@@ -145,14 +149,13 @@ class Databases:
             more = f", and neither are {len(others) - 1} others" if len(others) > 1 else ""
             raise UserError(f"{others[0]!r} is no SQLite database{more}; {EXPECTED}.")
         copies = {file for file in files.values() if self._copies and file.is_relative_to(self._copies)}
-        before = {file: file.stat() for file in set(files.values()) - copies}
-        hashes = remembered_hashes(before, memo) | remembered_hashes(copies, None)
-        self._seen = {file: (status, hashes[file]) for file, status in before.items()}
+        self._stamps = {file: stamp(file) for file in set(files.values()) - copies}  # before it is read
+        self._hashes = remembered_hashes(self._stamps, memo) | remembered_hashes(copies, None)
         for db_id, of in places.items():
             self._found[db_id] = tuple(
                 Instance(place, _server_content(place, self.version), server=True)
                 if place in urls
-                else Instance(str(files[place]), hashes[files[place]])
+                else Instance(str(files[place]), self._hashes[files[place]])
                 for place in of
             )
 
@@ -243,11 +246,6 @@ def _nothing_found(given: DatabasesLike, db_id: str | None) -> str:
     if deeper := next((child for child in children if child.is_dir() and _in_place(child, db_id, db_id)), None):
         return f"{found}, and found that in {str(deeper)!r}."
     return f"{found}, and found {[child.name for child in children][:SHOWN] or 'nothing'}."
-
-
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    names = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _is_sqlite(file: Path) -> bool:

@@ -33,6 +33,18 @@ class Limits(NamedTuple):
     rows: int
     size: int
 
+    def check(self, rows: int, size: int) -> None:
+        """Raise [`Failed`] where a result has grown larger than that."""
+        if rows > self.rows:
+            raise Failed(verdicts.RESOURCE, f"more than {self.rows} rows")
+        if size > self.size:
+            raise Failed(verdicts.RESOURCE, f"more than {self.size} bytes of rows")
+
+
+def size_of(row: tuple) -> int:
+    """Bytes that the cells of a row take in memory, roughly."""
+    return sum(CELL + (len(cell) if type(cell) in (str, bytes) else 0) for cell in row)
+
 
 class Failed(Exception):  # noqa: N818 - an outcome, not a mistake of this program
     """A statement gave no result: the verdict on it, and the engine's message."""
@@ -77,20 +89,17 @@ class Judge:
             self.slowest = max(self.slowest, time.monotonic() - start)
             self.golds.append((rows, gold["ordered"]))
             verdict, detail = (verdicts.GOLD_OK if rows.rows else verdicts.GOLD_EMPTY), ""
-            if (
-                why := gold["volatile"]
-                or self.database.unsteady(gold["sql"])
-                or self._undetermined(rows, gold, deadline)
-            ):
+            why = gold["volatile"] or self.database.unsteady(gold["sql"]) or self._undetermined(rows, gold, deadline)
+            if why:
                 verdict, detail = verdicts.GOLD_NONDETERMINISTIC, why
             elif text := self.database.string_columns(gold["sql"]):
                 detail = self.suspect = f'"{text}" is no column: read as a string'
-            return {"verdict": verdict, "detail": detail, "digest": digest(rows), "rows": len(rows.rows)}
+            return {"verdict": verdict, "detail": detail, "digest": digest(rows)}
         except Failed as failed:
             verdict = _NOT_RUN.get(failed.verdict, verdicts.GOLD_ERROR)
             if failed.verdict == verdicts.RESOURCE and _TOO_MANY.match(failed.message):
                 verdict = verdicts.GOLD_TRUNCATED
-            return {"verdict": verdict, "detail": failed.message, "digest": "", "rows": 0}
+            return {"verdict": verdict, "detail": failed.message, "digest": ""}
 
     def _undetermined(self, rows: Rows, gold: dict[str, Any], deadline: float) -> str:
         """Why the data do not determine the gold's result, or the empty string where they do."""
@@ -192,7 +201,7 @@ def _answers(open_database: Callable[[str, Limits], Any], databases: OrderedDict
                 databases.popitem(last=False)[1].close()
         databases.move_to_end(place)
     except Failed as failed:
-        return ({"gold": 0, "verdict": failed.verdict, "detail": failed.message, "digest": "", "rows": 0},)
+        return ({"gold": 0, "verdict": failed.verdict, "detail": failed.message, "digest": ""},)
     judge = Judge(databases[place], job)
     steps: list[tuple[str, int, Callable, dict[str, Any]]] = []
     steps += [("gold", place, judge.gold, gold) for place, gold in enumerate(job["golds"])]

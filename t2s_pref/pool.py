@@ -399,15 +399,7 @@ def _cores() -> int:
 
 
 def _lost(verdict: str, detail: str) -> dict[str, Any]:
-    return {
-        "verdict": verdict,
-        "detail": detail,
-        "digest": "",
-        "rows": 0,
-        "strict": False,
-        "bird": False,
-        "spider": False,
-    }
+    return {"verdict": verdict, "detail": detail, "digest": "", "strict": False, "bird": False, "spider": False}
 
 
 def _why(worker: _Worker) -> str:

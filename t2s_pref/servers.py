@@ -32,7 +32,7 @@ from sqlglot.tokens import TokenType
 
 from t2s_pref import verdicts
 from t2s_pref.compare import Rows
-from t2s_pref.judge import CELL, CHUNK, Failed, Limits, serve
+from t2s_pref.judge import CHUNK, Failed, Limits, serve, size_of
 from t2s_pref.statements import words
 
 MEMORY = 1 << 30  # bytes of address space: SQLAlchemy, sqlglot and a driver take a third of it
@@ -113,14 +113,14 @@ class ServerDatabase:
             address = _with_driver(make_url(url))
         except Exception as error:  # what it quotes of a URL that is none may be a part of the password
             raise Failed(verdicts.UNREACHABLE, "no URL like dialect://user:password@host/database") from error
-        options = [value for name, value in address.query.items() if "pass" in name]
         if "@" in f"{address.host}{address.database}":  # where it ends, a password may have begun
             raise Failed(verdicts.UNREACHABLE, "the URL has an @ too many; in a password write %40, and %2F for a /")
         if lasting := sorted(PASSING & set(address.query)):
             raise Failed(
                 verdicts.UNREACHABLE, f"{lasting[0]} in the URL would hold for one statement only; leave it out"
             )
-        self._secrets = [str(part) for part in (address.password, *options) if part]
+        hidden = [value for name, value in address.query.items() if "pass" in name]
+        self._secrets = [str(part) for part in (address.password, *hidden) if part]
         try:
             self.postgres = address.get_backend_name() == "postgresql"
             options: dict[str, Any] = {"connect_timeout": CONNECT}
@@ -245,11 +245,8 @@ class ServerDatabase:
                 raise Failed(verdicts.TIMEOUT, "took too long to read")
             cells = tuple(_plain(cell) for cell in row)
             fetched.append(cells)
-            size += sum(CELL + (len(cell) if type(cell) in (str, bytes) else 0) for cell in cells)
-            if len(fetched) > self.limits.rows:
-                raise Failed(verdicts.RESOURCE, f"more than {self.limits.rows} rows")
-            if size > self.limits.size:
-                raise Failed(verdicts.RESOURCE, f"more than {self.limits.size} bytes of rows")
+            size += size_of(cells)
+            self.limits.check(len(fetched), size)
         return fetched
 
     def _reset(self) -> None:

@@ -138,6 +138,7 @@ def _extract_once(answer: str) -> str:
     return statement_in_prose(text) or (bare[-1] if bare else _attempt(text))
 
 
+@lru_cache(maxsize=1024)
 def extract_sql(answer: str) -> str:
     r"""The SQL in a model's answer, as the model wrote it, or "" where it has none.
 

@@ -204,7 +204,7 @@ class Verifier:
             if known and not open_texts:
                 verdicts_of_gold.append((before, known["detail"]))
                 continue
-            ready = tuple(gold._replace(proven=gold.proven or before is not None) for gold in golds)
+            ready = tuple(gold._replace(proven=before is not None) for gold in golds)
             candidates = tuple(as_candidate(statement_of(text), dialect) for text in open_texts)
             outcome = yield Job(instance.address, ready, candidates, server=instance.server)
             worst = of_golds(outcome.golds)

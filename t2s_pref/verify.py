@@ -175,12 +175,13 @@ def verify_with(
         columns: dict[str, list] = {name: [] for name in added}
         for of, texts in asked(rows):
             found = [verifier.candidate(of, text) for text in texts]
-            golds = [statement_of(gold) for gold in of.golds]
+            accepted = [statement_of(each) for each in of.golds]
+            written = [statement_of(text) for text in texts]
             values = {
                 VERDICT: [each.verdict for each in found],
                 VERDICT_DETAIL: [each.detail for each in found],
                 RESULT_DIGEST: [each.digest for each in found],
-                DISTANCE: [min(distance(gold, statement_of(text), of.dialect) for gold in golds) for text in texts],
+                DISTANCE: [min(distance(each, sql, of.dialect) for each in accepted) for sql in written],
             }
             for name, value in values.items():
                 columns[name].append(value[0] if pairs else value)

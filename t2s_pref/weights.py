@@ -130,8 +130,7 @@ def remembered_hashes(files: Iterable[Path], memo: Path | None) -> dict[Path, st
     fresh: dict[str, str] = {}
     hashes: dict[Path, str] = {}
     for file in files:
-        status = file.stat()
-        key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
+        key = f"{file.resolve()}|{stamp(file)}"
         if key not in known:
             fresh[key] = known[key] = hash_file(file)
         hashes[file] = known[key]
@@ -139,6 +138,12 @@ def remembered_hashes(files: Iterable[Path], memo: Path | None) -> dict[Path, st
         with atomic_write(memo) as out:
             json.dump({**_read_memo(memo), **fresh}, out, indent=0)
     return hashes
+
+
+def stamp(file: Path) -> str:
+    """What changes with a file's content, as far as can be told without reading it: size, times and number."""
+    status = file.stat()
+    return f"{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
 
 
 def _read_memo(memo: Path) -> dict[str, str]:

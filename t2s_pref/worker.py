@@ -28,7 +28,7 @@ if __name__ == "__main__":  # -I keeps even the script's own folder from the pat
 
 from t2s_pref import verdicts
 from t2s_pref.compare import Rows
-from t2s_pref.judge import CELL, CHUNK, Failed, Limits, serve
+from t2s_pref.judge import CHUNK, Failed, Limits, serve, size_of
 
 MEMORY = 768 << 20  # bytes of address space
 HEAP = 256 << 20  # bytes that SQLite may hold
@@ -144,11 +144,8 @@ class SqliteDatabase:
         size = 0
         while chunk := cursor.fetchmany(CHUNK):
             rows += chunk
-            size += sum(CELL + (len(cell) if type(cell) in (str, bytes) else 0) for row in chunk for cell in row)
-            if len(rows) > self.limits.rows:
-                raise Failed(verdicts.RESOURCE, f"more than {self.limits.rows} rows")
-            if size > self.limits.size:
-                raise Failed(verdicts.RESOURCE, f"more than {self.limits.size} bytes of rows")
+            size += sum(map(size_of, chunk))
+            self.limits.check(len(rows), size)
         return Rows(len(cursor.description), rows)
 
     def string_columns(self, sql: str) -> str:
