@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from datasets import Dataset
-from datasets.utils import tqdm
 
 from t2s_pref import ranks
 from t2s_pref.columns import PROMPT_TOO_LONG, REJECTED, STATUS
 from t2s_pref.pairs import KEPT, drop_causes
 from t2s_pref.plan import PAGE
-from t2s_pref.sampler import POSITION, PROMPT_TOKENS, RejectSampler
+from t2s_pref.progress import Progress
+from t2s_pref.sampler import POSITION, RejectSampler
 from t2s_pref.verdicts import GOLD_USABLE
 from t2s_pref.verifier import Question, Verifier
 
@@ -26,13 +26,19 @@ class Proof(NamedTuple):
     max_candidates: int
 
 
-def sample_share(planned: Dataset, sampler: RejectSampler, desc: str = "Sampling rejects") -> None:
+def sample_share(planned: Dataset, sampler: RejectSampler, desc: str) -> None:
     """Sample every n-th page of the plan into the store, n ranks together all of them."""
     mine = [row for row in range(len(planned)) if row // PAGE % ranks.world_size() == ranks.rank()]
-    with tqdm(total=len(mine), desc=desc, unit=" rows", disable=ranks.rank() > 0 or None) as bar:
-        for page in planned.select(mine).iter(PAGE):
+    pages = planned.select(mine)
+    wanted = sampler.wanted
+    total = sum(
+        sampler.settings.candidates if wanted is None else len(wanted[position]) for position in pages[POSITION]
+    )
+    with Progress(total, desc, sampler.engine.work) as sampler.progress:
+        for page in pages.iter(PAGE):
             sampler(page)
-            bar.update(len(page[PROMPT_TOKENS]))
+            sampler.progress.rows += len(page[POSITION])
+    sampler.progress = None
 
 
 def sample_until_proven(planned: Dataset, sampler: RejectSampler, proof: Proof, cpu: bool) -> list[range]:

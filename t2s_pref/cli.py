@@ -137,6 +137,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto is bfloat16 on CUDA, float32 on a CPU",
     )
     model.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    model.add_argument(
+        "--continuous-batching", action="store_true", help="decode by transformers' continuous batching, on a GPU"
+    )
+    model.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="sample from the vLLM server there; --base-model then names its tokenizer only",
+    )
+    model.add_argument("--served-model", help="its name on the server (default: the only one)")
+    model.add_argument("--model-version", help="what you call the weights that are served now")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -165,8 +175,13 @@ def _add_sampling(parser: argparse.ArgumentParser, wanted: str) -> None:
         ("max_new_tokens", int, "length cap of an answer in tokens; what reaches it is dropped and counted"),
         ("temperature", float, "0 is greedy: one candidate a row"),
         ("top_p", float, "nucleus sampling; 1 keeps the whole vocabulary"),
+        ("top_k", int, "draw from so many of the likeliest tokens only; 0 is off"),
+        ("repetition_penalty", float, "above 1, tokens of the prompt and the answer so far are less likely; 1 is off"),
     ):
         sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=SAMPLING_DEFAULTS[name], help=text)
+    sampling.add_argument(
+        "--stop", nargs="+", default=(), metavar="TEXT", help="an answer ends before the first of these"
+    )
     sampling.add_argument("--enable-thinking", action="store_true", help="let a thinking model think before its SQL")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from t2s_pref.errors import UserError
 from t2s_pref.ranks import rank
-from t2s_pref.settings import GOLD_TIMEOUT, SAMPLING_DEFAULTS, TIMEOUT, SamplingSettings
+from t2s_pref.settings import DEFAULT_MODEL, GOLD_TIMEOUT, SAMPLING_DEFAULTS, TIMEOUT, SamplingSettings
 
 # Options of `reject` that say how SQL is run or chosen by its verdict, with their defaults.
 NEED_DATABASES = {
@@ -16,6 +16,17 @@ NEED_DATABASES = {
     "timeout": TIMEOUT,
     "gold_timeout": GOLD_TIMEOUT,
     "select": "first",
+}
+
+# Options on a model that is loaded here, with their defaults.
+MODEL_HERE = {
+    "adapter_path": "",
+    "strict_adapter": False,
+    "revision": None,
+    "trust_remote_code": False,
+    "dtype": "auto",
+    "device": "auto",
+    "continuous_batching": False,
 }
 
 # Everything large is imported by the command that needs it: `--help` and mistakes are answered at once.
@@ -158,9 +169,26 @@ def _settings(args: argparse.Namespace) -> SamplingSettings:
 
 
 def _engine(args: argparse.Namespace) -> Any:
+    if args.endpoint:
+        from t2s_pref.endpoint import EndpointEngine
+
+        for name, default in MODEL_HERE.items():
+            if getattr(args, name) != default:
+                raise UserError(f"--{name.replace('_', '-')} is for a model here; with --endpoint the server decides.")
+        return EndpointEngine(
+            args.endpoint,
+            model=args.served_model,
+            tokenizer=None if args.base_model == DEFAULT_MODEL else args.base_model,
+            model_version=args.model_version,
+            api_key=os.environ.get("VLLM_API_KEY"),
+        )
+    for name in ("served_model", "model_version"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} needs --endpoint.")
+    from t2s_pref.continuous import ContinuousEngine
     from t2s_pref.engines import TransformersEngine
 
-    return TransformersEngine(
+    return (ContinuousEngine if args.continuous_batching else TransformersEngine)(
         args.base_model,
         adapter_path=args.adapter_path,
         strict_adapter=args.strict_adapter,

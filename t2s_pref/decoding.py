@@ -1,122 +1,55 @@
-"""Draw the candidates of a batch: one prefill a row, the cache expanded to its candidates, noise of each one's own.
+"""Draw the candidates of a batch: prompts read once, sequences in slots, noise of each one's own.
 
-The only module that imports torch at its top; the engine imports it when it first samples.
+Finished sequences leave at once, the last ones take their slots, and those that wait enter. On a GPU the host looks
+only every few steps, so that it never stands in the GPU's way.
 """
 
-import hashlib
-import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-# Logits are ranked this far before the whole vocabulary is sorted; a wider nucleus is rare and still drawn exactly.
-WIDTH = 256
+from t2s_pref.attention import HIDDEN, NAME, Sharing, attention_of, base_of, decoding
+from t2s_pref.choice import Sampling, candidate_key, choose
+from t2s_pref.kv import WINDOW, Beginning, Beginnings, KeysValues, SlotCache
+from t2s_pref.plan import slots_within
+from t2s_pref.protocol import Request, Work
+from t2s_pref.reading import Reader
+
+logger = logging.getLogger(__name__)
+
+# Steps between two looks of the host at what was drawn. A CPU is never ahead of it.
+STRIDE = {"cpu": 1}
+LONG_STRIDE = 8
 
 
-@dataclass(frozen=True)
-class Request:
-    """Candidates to draw of one row: its prompt's token ids, its seed, their numbers, and the most tokens of each."""
+class Drawn(NamedTuple):
+    """The token ids of one candidate of one request, without the end token; `ended` is False where the cap cut it."""
 
-    prompt: Sequence[int]
-    row_seed: int
-    candidates: Sequence[int]
-    cap: int
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The token ids of one candidate, without the end token; `ended` is False where the length cap cut it."""
-
+    place: int
+    candidate: int
     tokens: list[int]
     ended: bool
 
 
-# -- noise -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer: a token of `tokens`, or, after one of `watched`, that `over` says so of all so far."""
+
+    tokens: frozenset[int]
+    watched: frozenset[int] = frozenset()
+    over: Callable[[list[int]], bool] = lambda tokens: False
 
 
-def candidate_key(row_seed: int, candidate: int) -> int:
-    """The 64-bit key of one candidate's noise, as a signed integer, which is what torch can hold."""
-    digest = hashlib.blake2b(f"{row_seed}|{candidate}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): int64 wraps as needed, the masks undo sign extension."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def uniform_noise(keys: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in (0, 1) that depend on (key, step, token) and on nothing else.
-
-    Args:
-        keys: `[n]` int64, of `candidate_key`.
-        steps: `[n]` int64, the position in the answer.
-        tokens: `[n, m]` int64 token ids.
-
-    Returns:
-        `[n, m]` float64.
-    """
-    bits = _mix(_mix(keys + steps * -0x61C8864680B583EB)[:, None] + tokens * -0x2E4AB5CD2E6D12FD)
-    return (((bits >> 11) & ((1 << 53) - 1)).double() + 0.5) / (1 << 53)
-
-
-# -- one token -------------------------------------------------------------------------------------------------------
-
-
-def choose(
-    logits: torch.Tensor, keys: torch.Tensor, steps: torch.Tensor, temperature: float, top_p: float
-) -> torch.Tensor:
-    """The next token of each sequence: `[n, vocabulary]` logits to `[n]` token ids.
-
-    Temperature first, then the nucleus (Holtzman et al., arXiv 1904.09751): the likeliest tokens up to and including
-    the one that brings their probability to `top_p`. The draw adds Gumbel noise and takes the largest, so that the same
-    noise gives the same token whatever else is in the batch.
-    """
-    scores = logits.float()
-    if temperature == 0:
-        return scores.argmax(-1)
-    scores = scores / temperature
-    if top_p >= 1:
-        tokens = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
-        return (scores.double() + _gumbel(keys, steps, tokens)).argmax(-1)
-    normaliser = scores.logsumexp(-1, keepdim=True)
-    top, tokens = scores.topk(min(WIDTH, scores.shape[-1]), -1)
-    chosen, mass = _draw(top, tokens, normaliser, keys, steps, top_p)
-    # what the ranked part leaves out belongs to the nucleus too where it does not reach top_p
-    wide = (mass < top_p).nonzero()[:, 0] if top.shape[-1] < scores.shape[-1] else []
-    if len(wide):
-        top, tokens = scores[wide].sort(-1, descending=True)
-        chosen[wide] = _draw(top, tokens, normaliser[wide], keys[wide], steps[wide], top_p)[0]
-    return chosen
-
-
-def _draw(
-    top: torch.Tensor,
-    tokens: torch.Tensor,
-    normaliser: torch.Tensor,
-    keys: torch.Tensor,
-    steps: torch.Tensor,
-    top_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw from scores in descending order; also the probability that they hold together."""
-    likelihood = (top - normaliser).exp()
-    before = likelihood.cumsum(-1) - likelihood
-    outside = before >= top_p
-    outside[:, 0] = False
-    top = top.masked_fill(outside, float("-inf"))
-    best = (top.double() + _gumbel(keys, steps, tokens)).argmax(-1, keepdim=True)
-    return tokens.gather(1, best)[:, 0], before[:, -1] + likelihood[:, -1]
-
-
-def _gumbel(keys: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return -torch.log(-torch.log(uniform_noise(keys, steps, tokens)))
-
-
-# -- a batch ---------------------------------------------------------------------------------------------------------
+class OutOfMemoryError(Exception):
+    """Not even one sequence fits."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -127,99 +60,362 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def halve(requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
-    """Two batches of half the rows each, or of half the candidates where there is only one row."""
-    if len(requests) > 1:
-        middle = len(requests) // 2
-        return list(requests[:middle]), list(requests[middle:])
-    only, middle = requests[0], len(requests[0].candidates) // 2
-    return (
-        [replace(only, candidates=only.candidates[:middle])],
-        [replace(only, candidates=only.candidates[middle:])],
-    )
+@dataclass
+class _Live:
+    """A sequence in a slot, as the host sees it; `start` is how many tokens its slot held before the answer."""
+
+    place: int
+    candidate: int
+    cap: int
+    start: int
+    beginning: Beginning
+    tokens: list[int] = field(default_factory=list)
+    ended: bool | None = None
+
+    @property
+    def own(self) -> int:
+        """Where the last token goes."""
+        return self.start + len(self.tokens) - 1
 
 
-def forward_takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward, below an adapter if there is one, has this argument."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(base.forward).parameters
+class Decoder:
+    """Draws candidates with one model.
 
-
-@torch.inference_mode()
-def draw(
-    model: PreTrainedModel,
-    requests: Sequence[Request],
-    *,
-    temperature: float,
-    top_p: float,
-    end_tokens: Iterable[int],
-    pad_token: int,
-) -> list[list[Drawn]]:
-    """Draw every candidate of `requests` in one batch.
-
-    Returns:
-        For each request, in order, a [`Drawn`] for each of its candidates, in order.
+    Args:
+        model: with the attention interface of transformers.
+        held_once: whether the beginning that sequences share is held once, by attention that joins the parts. If not,
+            each slot has its whole prompt, and attention is the model's own.
+        beginnings: what is known of earlier prompts.
+        work: is counted up.
     """
-    device = model.get_input_embeddings().weight.device
-    width = max(len(request.prompt) for request in requests)
-    # Padding on the left: all sequences then write their next token at the same place of the cache.
-    ids = [[pad_token] * (width - len(request.prompt)) + list(request.prompt) for request in requests]
-    mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in requests]
-    ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        # the others would be [rows, prompt, vocabulary]: gigabytes that nobody reads
-        **({"logits_to_keep": 1} if forward_takes(model, "logits_to_keep") else {}),
-    )
+    def __init__(
+        self, model: PreTrainedModel, held_once: bool, beginnings: Beginnings | None = None, work: Work | None = None
+    ) -> None:
+        self.model, self.held_once, self.work = model, held_once, work or Work()
+        self.beginnings = Beginnings() if beginnings is None else beginnings
+        self.reader = Reader(model, self.beginnings, self.work)
+        self.device = self.reader.device
+        self.stride = STRIDE.get(self.device.type, LONG_STRIDE)
+        self.choose = choose
+        # a batch that held so many tokens has met the end of memory
+        self.ceiling = float("inf")
 
-    # From one sequence a row to one a candidate.
-    owner = [(row, place) for row, request in enumerate(requests) for place in range(len(request.candidates))]
-    row_of = torch.tensor([row for row, _ in owner], device=device)
-    cache.reorder_cache(row_of)
-    logits, mask, position = output.logits[row_of, -1], mask[row_of], positions[row_of, -1]
-    keys = torch.tensor([candidate_key(requests[r].row_seed, requests[r].candidates[p]) for r, p in owner])
-    keys = keys.to(device)
-    caps = torch.tensor([requests[row].cap for row, _ in owner], device=device)
-    ends = torch.tensor(sorted(set(end_tokens)), device=device)
-    steps = torch.zeros_like(caps)
-    alive = torch.arange(len(owner), device=device)  # which candidate each sequence of the batch is
+    @torch.inference_mode()
+    def draw(self, requests: Sequence[Request], sampling: Sampling, ends: Ends, budget: int) -> Iterator[Drawn]:
+        """Draw every candidate of the requests, holding `budget` tokens at a time where that is possible.
 
-    written: list[list[int]] = [[] for _ in owner]
-    ended = [False] * len(owner)
-    while True:
-        token = choose(logits, keys, steps, temperature, top_p)
-        steps = steps + 1
-        end = torch.isin(token, ends)
-        for candidate, value, is_end in zip(alive.tolist(), token.tolist(), end.tolist(), strict=True):
-            if is_end:
-                ended[candidate] = True
+        Raises:
+            [`OutOfMemoryError`]: where memory does not suffice for one candidate.
+        """
+        batch = _Batch(self, requests, sampling, ends, budget)
+        try:
+            with self._attention():
+                while batch.pending():
+                    failed = False
+                    try:
+                        batch.advance()
+                    except (RuntimeError, MemoryError) as error:
+                        if not out_of_memory(error):
+                            raise
+                        failed = True
+                    if failed:  # past the handler, whose traceback would keep the failed step's tensors alive
+                        self.ceiling = min(self.ceiling, batch.give_way())
+                    yield from batch.finished()
+        finally:
+            batch.clear()
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        current = base_of(self.model).config._attn_implementation
+        name = NAME if self.held_once else current if current in ("sdpa", "eager") else "sdpa"
+        with attention_of(self.model, name):
+            yield
+
+
+class _Batch:
+    """The sequences of one call, in slots and waiting for one."""
+
+    def __init__(
+        self, decoder: Decoder, requests: Sequence[Request], sampling: Sampling, ends: Ends, budget: int
+    ) -> None:
+        self.decoder, self.requests, self.sampling, self.ends, self.budget = decoder, requests, sampling, ends, budget
+        self.device = decoder.device
+        self.queue = deque((place, list(request.candidates)) for place, request in enumerate(requests))
+        self.shared = [tuple(request.prompt[: self._shared(request)]) for request in requests]
+        self.rests = [
+            tuple(request.prompt[len(shared) :]) for request, shared in zip(requests, self.shared, strict=True)
+        ]
+        own = [
+            len(rest) + (0 if decoder.held_once else len(shared))
+            for rest, shared in zip(self.rests, self.shared, strict=True)
+        ]
+        expected = [min(request.cap, max(1, request.expected)) for request in requests]
+        self.room = _rounded(max(map(sum, zip(own, expected, strict=True)), default=1))
+        self.most_room = max((length + request.cap for length, request in zip(own, requests, strict=True)), default=1)
+        self.held = sum(map(len, set(self.shared)))
+        self.limit = max(1, sum(len(request.candidates) for request in requests))
+        self.slots = slots_within(budget, self.held, self.limit, self.room)
+        self.ends_on_device = torch.tensor(sorted(ends.tokens), device=self.device, dtype=torch.long)
+        self.live: list[_Live] = []
+        self.done: list[Drawn] = []
+        self.cache: SlotCache | None = None
+        self.stalled: list[int] = []
+        self.state: dict[str, torch.Tensor] = {}
+        self.sharings: list[Sharing] = []
+
+    def _shared(self, request: Request) -> int:
+        return max(0, min(request.shared, len(request.prompt) - 1))
+
+    def pending(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.queue or self.live)
+
+    def advance(self) -> None:
+        """Let those that wait enter where enough slots are free; a stride of steps where not."""
+        free = self.slots - len(self.live)
+        waiting = sum(len(candidates) for _, candidates in self.queue)
+        if self.queue and free >= min(waiting, max(1, self.slots // 4)):
+            self._enter(free)
+        else:
+            self._steps()
+
+    def finished(self) -> list[Drawn]:
+        """The candidates that have ended since the last call."""
+        done, self.done = self.done, []
+        return done
+
+    def clear(self) -> None:
+        """Let go of all memory but the beginnings."""
+        self.cache, self.state, self.sharings = None, {}, []
+
+    # -- entering ----------------------------------------------------------------------------------------------------
+
+    def _enter(self, free: int) -> None:
+        entering: list[tuple[int, list[int]]] = []
+        shared: tuple[int, ...] = ()
+        while self.queue and free:
+            place, candidates = self.queue[0]
+            if entering and self.shared[place] != shared:
+                break
+            shared = self.shared[place]
+            entering.append((place, candidates[:free]))
+            free -= len(entering[-1][1])
+            if rest := candidates[len(entering[-1][1]) :]:
+                self.queue[0] = (place, rest)
             else:
-                written[candidate].append(value)
-        keep = (~(end | (steps >= caps))).nonzero()[:, 0]
-        if len(keep) == 0:
-            break
-        if len(keep) < len(alive):  # what has ended costs nothing more
-            cache.reorder_cache(keep)
-            alive, keys, caps, steps = alive[keep], keys[keep], caps[keep], steps[keep]
-            token, mask, position = token[keep], mask[keep], position[keep]
-        position = position + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=position[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+                self.queue.popleft()
+        try:
+            self._read(shared, entering)
+        except BaseException:
+            self.queue.extendleft(reversed(entering))  # a row may now wait in two pieces
+            raise
 
-    drawn: list[list[Drawn]] = [[] for _ in requests]
-    for candidate, (row, _) in enumerate(owner):
-        drawn[row].append(Drawn(written[candidate], ended[candidate]))
-    return drawn
+    def _read(self, shared: tuple[int, ...], entering: list[tuple[int, list[int]]]) -> None:
+        decoder, once = self.decoder, self.decoder.held_once
+        beginning, branches = decoder.reader.branches(shared, [self.rests[place] for place, _ in entering])
+        decoder.beginnings.shrink(max(self.budget - self.slots * self.room, self.held))
+        if self.cache is None:
+            like = [KeysValues(*(each[:1] for each in layer)) for layer in branches.layers]
+            self.cache = SlotCache(like, self.slots, self.room)
+            self.state = self._empty(self.slots, branches.logits.shape[-1])
+        times = [len(candidates) for _, candidates in entering]
+        first, count = len(self.live), len(self.live) + sum(times)
+        rows = torch.tensor([row for row, number in enumerate(times) for _ in range(number)], device=self.device)
+        for number, layer in enumerate(branches.layers):
+            if not once and shared:
+                before = beginning.layers[number]
+                layer = KeysValues(
+                    *(
+                        torch.cat([held.expand(len(entering), -1, -1, -1), each], 2)
+                        for held, each in zip(before, layer, strict=True)
+                    )
+                )
+            self.cache.write(number, first, layer, rows)
+        start = [length + (0 if once else len(shared)) for length in branches.lengths]
+        fresh = [
+            _Live(place, candidate, self.requests[place].cap, length, beginning)
+            for (place, candidates), length in zip(entering, start, strict=True)
+            for candidate in candidates
+        ]
+        state, into = self.state, slice(first, count)
+        for name, values in (
+            ("key", [candidate_key(self.requests[live.place].row_seed, live.candidate) for live in fresh]),
+            ("cap", [live.cap for live in fresh]),
+            ("own", [live.start for live in fresh]),
+            ("base", [len(shared) if once else 0] * len(fresh)),
+        ):
+            state[name][into] = torch.tensor(values, device=self.device)
+        state["step"][into], state["alive"][into] = 0, True
+        if "seen" in state:
+            state["seen"][into] = False
+            for slot, live in enumerate(fresh, start=first):
+                state["seen"][slot, torch.tensor(self.requests[live.place].prompt, device=self.device)] = True
+        logits = branches.logits.to(self.device)[rows]
+        self.live += fresh
+        self.cache.count = count
+        drawn = torch.full((len(fresh), 1), -1, device=self.device)
+        self._choose(logits, into, drawn[:, 0], None)
+        self.decoder.work.prompt_asked += sum(len(self.requests[live.place].prompt) for live in fresh)
+        self._settle(first, drawn)
+        self._note()
+
+    def _empty(self, slots: int, vocabulary: int) -> dict[str, torch.Tensor]:
+        names = ("key", "cap", "own", "base", "step", "token")
+        state = {name: torch.zeros(slots, dtype=torch.long, device=self.device) for name in names}
+        state["alive"] = torch.zeros(slots, dtype=torch.bool, device=self.device)
+        if self.sampling.repetition_penalty != 1:
+            state["seen"] = torch.zeros(slots, vocabulary, dtype=torch.bool, device=self.device)
+        return state
+
+    # -- stepping ----------------------------------------------------------------------------------------------------
+
+    def _steps(self) -> None:
+        cache, state, count = self.cache, self.state, len(self.live)
+        longest = max(live.own for live in self.live)
+        stride = self.decoder.stride
+        if longest + stride > cache.room:
+            self._grow(longest + stride)
+            state = self.state
+        drawn = torch.full((count, stride), -1, device=self.device)
+        sort = None if stride == 1 else torch.tensor(self.stalled, dtype=torch.long, device=self.device)
+        places = torch.arange(cache.room, device=self.device)
+        kind = torch.float32 if self.decoder.held_once else self.decoder.model.dtype
+        used = slice(0, count)
+        for step in range(stride):
+            own = state["own"][used].clone()
+            cache.place(own, longest + step)
+            mask = torch.zeros(count, cache.window, device=self.device, dtype=kind)
+            mask.masked_fill_(places[: cache.window] > own[:, None], HIDDEN)
+            with decoding(self.sharings):
+                logits = self.decoder.model(
+                    input_ids=state["token"][used, None],
+                    attention_mask=mask[:, None, None],
+                    position_ids=(state["base"][used] + own)[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits[:, -1]
+            state["own"][used] += state["alive"][used]
+            self._choose(logits.to(self.device), used, drawn[:, step], sort)
+            sort = None if stride == 1 else torch.empty(0, dtype=torch.long, device=self.device)
+        self._settle(0, drawn)
+
+    def _choose(self, logits: torch.Tensor, used: slice, drawn: torch.Tensor, sort: torch.Tensor | None) -> None:
+        """The next token of each sequence, noted in `drawn` and in the state; nothing here waits for a GPU."""
+        state = self.state
+        key, step, alive = state["key"][used], state["step"][used], state["alive"][used]
+        seen = state["seen"][used] if "seen" in state else None
+        token, unsure = self.decoder.choose(logits, key, step, self.sampling, seen, sort)
+        go = alive if unsure is None else alive & ~unsure
+        if unsure is not None:  # it stays where it is, and the next stride sorts its whole vocabulary
+            state["own"][used] -= (alive & unsure).long()
+        token = torch.where(go, token, state["token"][used])
+        drawn.copy_(torch.where(go, token, -1))
+        state["token"][used] = token
+        step = step + go
+        state["step"][used] = step
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        state["alive"][used] = alive & ~(go & (torch.isin(token, self.ends_on_device) | (step >= state["cap"][used])))
+
+    def _settle(self, first: int, drawn: torch.Tensor) -> None:
+        """Take in what was drawn for the slots from `first` on; those that have ended leave."""
+        self.stalled = []
+        ends = self.ends
+        for slot, tokens in enumerate(drawn.tolist(), start=first):
+            live = self.live[slot]
+            for token in tokens:
+                if token < 0:
+                    break
+                self.decoder.work.generated += 1
+                if token in ends.tokens:
+                    live.ended = True
+                    break
+                live.tokens.append(token)
+                if token in ends.watched and ends.over(live.tokens):
+                    live.ended = True
+                    break
+                if len(live.tokens) >= live.cap:
+                    live.ended = False
+                    break
+            else:
+                continue
+            if live.ended is None:
+                self.stalled.append(slot)
+        gone = [slot for slot in range(first, len(self.live)) if self.live[slot].ended is not None]
+        self.done += [
+            Drawn(live.place, live.candidate, live.tokens, live.ended) for live in map(self.live.__getitem__, gone)
+        ]
+        self._close(gone)
+
+    def _close(self, gone: list[int]) -> None:
+        """The last sequences take the slots of those that are gone."""
+        count = len(self.live) - len(gone)
+        leaving = set(gone)
+        to = [slot for slot in gone if slot < count]
+        of = [slot for slot in range(count, len(self.live)) if slot not in leaving]
+        if to:
+            there, here = (torch.tensor(slots, device=self.device) for slots in (to, of))
+            for tensor in self.state.values():
+                tensor[there] = tensor[here]
+            self.cache.move(there, here)
+            for slot, other in zip(to, of, strict=True):
+                self.live[slot] = self.live[other]
+            moved = dict(zip(of, to, strict=True))
+            self.stalled = [moved.get(slot, slot) for slot in self.stalled]
+        del self.live[count:]
+        self.cache.count = count
+        self._share()
+
+    def _share(self) -> None:
+        """Which slots are around which beginning."""
+        if not self.decoder.held_once:
+            return
+        around: dict[int, list[int]] = {}
+        for slot, live in enumerate(self.live):
+            around.setdefault(id(live.beginning), []).append(slot)
+        self.sharings = [
+            Sharing(
+                self.live[slots[0]].beginning,
+                None if len(around) == 1 else torch.tensor(slots, device=self.device),
+            )
+            for slots in around.values()
+        ]
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _grow(self, needed: int) -> None:
+        """Room for longer answers than were expected, for as many sequences as then fit."""
+        room = min(_rounded(max(needed, self.cache.room * 3 // 2)), _rounded(max(needed, self.most_room)))
+        slots = max(len(self.live), slots_within(self.budget, self.held, self.limit, room))
+        state = self._empty(slots, self.state["seen"].shape[-1] if "seen" in self.state else 0)
+        for name, tensor in state.items():
+            tensor[: len(self.live)] = self.state[name][: len(self.live)]
+        self.cache.grow(slots, room)
+        self.slots, self.room, self.state = slots, room, state
+        self._note()
+
+    def _note(self) -> None:
+        work = self.decoder.work
+        work.most_held = max(work.most_held, self.slots * self.room + self.decoder.beginnings.tokens)
+
+    def give_way(self) -> int:
+        """After memory has ended: half as many sequences, those in the slots from their beginning; how many tokens the
+        batch may hold from now on."""
+        attempted = min(self.slots, self.limit)
+        if self.live:
+            self.queue.extendleft((live.place, [live.candidate]) for live in reversed(self.live))
+            self.live = []
+        self.clear()
+        self.stalled = []
+        self.decoder.beginnings.shrink(0)
+        if attempted == 1:
+            raise OutOfMemoryError
+        self.limit = attempted // 2
+        self.slots = slots_within(self.budget, self.held, self.limit, self.room)
+        logger.warning("Out of memory with %d sequences at a time; going on with %d.", attempted, self.slots)
+        return self.held + self.slots * self.room
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // WINDOW) * WINDOW

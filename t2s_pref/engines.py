@@ -6,29 +6,32 @@ Nothing is loaded before that is needed: a cached run imports torch at most, to 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from t2s_pref.errors import UserError, one_line
 from t2s_pref.models import (
     Loaded,
     check_device,
     end_tokens,
-    free_cached_memory,
     free_memory,
     hash_model,
     load,
     resolve_device,
     resolve_dtype,
 )
+from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import DEFAULT_MODEL, DTYPES, SamplingSettings
+from t2s_pref.stops import Stops
 from t2s_pref.weights import Source, find_adapter, find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from t2s_pref.decoding import Request
+    from t2s_pref.decoding import Decoder
+    from t2s_pref.fallback import Generator
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +39,6 @@ logger = logging.getLogger(__name__)
 # GPU's matrix units are busy anyway, and on a CPU more sequences at a time only cost memory.
 MEMORY_SHARE = 0.4
 MOST_TOKENS = {"cuda": 1 << 20, "cpu": 1 << 15}
-
-
-class Answer(NamedTuple):
-    """One sampled answer: its text, the number of its tokens, and whether it ended before the length cap."""
-
-    text: str
-    tokens: int
-    ended: bool
 
 
 class TransformersEngine:
@@ -95,13 +90,17 @@ class TransformersEngine:
         self.dtype = dtype
         self.device = device
         self._sources: tuple[Source, Source | None] | None = None
-        self._ceiling: float = float("inf")  # a batch of this many tokens has met the end of memory
+        self.ceiling = float("inf")
+        self.work = Work()
+        self._stops: tuple[tuple[Any, ...], Stops] | None = None
+        self._drawn_with: tuple[PreTrainedModel, str, Decoder | Generator] | None = None
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
     def identity(self, memo: Path) -> dict[str, Any]:
         """Everything about the model that decides its answers, without loading it: a part of every cache key."""
         if self._in_hand is not None:
+            self._drawn_with = None  # it may have been trained since
             return {"in_hand": hash_model(self._in_hand, self.tokenizer)}
         # found anew each time: a folder may have been trained into since the last call
         base, adapter = self._sources = self._find(memo)
@@ -145,11 +144,17 @@ class TransformersEngine:
 
     def _load(self) -> Loaded:
         if self._in_hand is not None:
-            return Loaded("", self._in_hand, self.tokenizer)
+            return Loaded("", self._in_hand, self.tokenizer, None)
         device, dtype = self._resolve()
         return load(*self._sources, dtype, device, self.trust_remote_code)
 
     # -- sampling ------------------------------------------------------------------------------------------------
+
+    @property
+    def whole_batches(self) -> bool:
+        """In float32 an answer is the same whatever it is decoded together with, so each can be recorded by itself."""
+        dtype = str(self._in_hand.dtype)[6:] if self._in_hand is not None else self._resolve()[1]
+        return dtype != "float32"
 
     @property
     def context_length(self) -> int | None:
@@ -161,9 +166,10 @@ class TransformersEngine:
         """Tokens of cached keys and values that a batch may hold, from the memory that is free after loading."""
         model = self._load().model
         config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        a_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+        heads = getattr(config, "num_attention_heads", None) or 1  # none where all layers are recurrent
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        a_token = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
         device = model.get_input_embeddings().weight.device
         room = int(free_memory(str(device)) * MEMORY_SHARE / a_token)
         return max(1, min(MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]), room))
@@ -184,54 +190,99 @@ class TransformersEngine:
         """How many tokens each text has."""
         return [len(ids) for ids in self._load().tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
-    def sample(self, requests: Sequence[Request], settings: SamplingSettings) -> list[list[Answer]]:
-        """The answers to each request, one a candidate; where memory does not suffice, in smaller batches.
+    def method(self) -> str:
+        """How this model is decoded, in words."""
+        from t2s_pref.methods import WORDS
+
+        return WORDS[self._drawing()[0]]
+
+    def holds_once(self) -> bool:
+        """Whether keys and values that sequences have in common are held once for all of them."""
+        return self._drawing()[1].held_once
+
+    def _drawing(self) -> tuple[str, Decoder | Generator]:
+        """The way of decoding that is right for the model, and what decodes in that way."""
+        loaded = self._load()
+        if self._drawn_with is None or self._drawn_with[0] is not loaded.model:
+            from t2s_pref.decoding import Decoder
+            from t2s_pref.fallback import Generator
+            from t2s_pref.methods import GENERATE, SHARED, method_of
+
+            with _evaluating(loaded.model):
+                method = method_of(loaded.model)
+            if method == GENERATE:
+                drawer = Generator(loaded.model, self.work)
+            else:
+                drawer = Decoder(loaded.model, method == SHARED, loaded.beginnings, self.work)
+            self._drawn_with = loaded.model, method, drawer
+        return self._drawn_with[1:]
+
+    def _stops_for(
+        self, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, prompt: Sequence[int]
+    ) -> Stops:
+        """The stops of a run, kept between batches: they look at the whole vocabulary first."""
+        # some templates open the think block themselves
+        opened = tokenizer.decode(list(prompt[-8:])).rstrip().endswith("<think>")
+        key = tokenizer, settings.stop, settings.enable_thinking or opened
+        if self._stops is None or self._stops[0] != key:
+            self._stops = key, Stops(*key, _text_of(tokenizer))
+        return self._stops[1]
+
+    def rest(self) -> None:
+        """Let go of what a run holds; a model in hand is the caller's, its memory too."""
+        if self._in_hand is not None:
+            self._drawn_with = None
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings, budget: int) -> Iterator[Sampled]:
+        """Every candidate of the requests, in the order in which they end; where memory does not suffice, fewer at a
+        time.
 
         Raises:
             [`UserError`]: where a single candidate does not fit.
         """
-        from t2s_pref.decoding import draw, halve, out_of_memory
+        from t2s_pref.choice import Sampling
+        from t2s_pref.decoding import Ends, OutOfMemoryError
 
-        model, tokenizer = self._load()[1:]
-        sequences = sum(len(request.candidates) for request in requests)
-        longest = max(len(request.prompt) for request in requests)
-        if sequences * longest < self._ceiling or sequences == 1:
-            training = model.training
-            model.eval()  # one in hand may be in the middle of its training
-            try:
-                drawn = draw(
-                    model,
-                    requests,
-                    temperature=settings.temperature,
-                    top_p=settings.top_p,
-                    end_tokens=end_tokens(model, tokenizer),
-                    pad_token=tokenizer.pad_token_id or 0,
-                )
-                return [[Answer(_text(tokenizer, d.tokens), len(d.tokens), d.ended) for d in row] for row in drawn]
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-            finally:
-                model.train(training)
-            # Past the handler, whose traceback would keep the failed batch's tensors alive.
-            self._give_way(sequences, longest)
-        first, second = (self.sample(half, settings) for half in halve(requests))
-        return first + second if len(requests) > 1 else [first[0] + second[0]]
-
-    def _give_way(self, sequences: int, longest: int) -> None:
-        free_cached_memory()
-        if sequences == 1:
+        if not requests:
+            return
+        _, model, tokenizer, _ = self._load()
+        drawer = self._drawing()[1]
+        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
+        stops = self._stops_for(tokenizer, settings, requests[0].prompt)
+        ends = Ends(frozenset(end_tokens(model, tokenizer)), stops.watched, stops.over)
+        try:
+            with _evaluating(model):
+                within = int(min(budget, self.ceiling))
+                for place, candidate, tokens, ended in drawer.draw(requests, sampling, ends, within):
+                    yield Sampled(place, candidate, Answer(stops.text(tokens), len(tokens), ended))
+        except OutOfMemoryError:
+            longest = max(len(request.prompt) for request in requests)
             raise UserError(
                 f"Out of memory with a single candidate on a prompt of {longest} tokens; lower --max-new-tokens, use "
                 "--dtype bfloat16, a smaller model, or a device with more memory; what was sampled is kept."
-            )
-        self._ceiling = sequences * longest
-        logger.warning("Out of memory with %d candidates of up to %d prompt tokens; halving.", sequences, longest)
+            ) from None
+        finally:
+            self.ceiling = min(self.ceiling, drawer.ceiling)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The answer as text: without special tokens, but with think tags, which some tokenizers count among these."""
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it answers; one in hand may be in the middle of its training."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _text_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids to text: without special tokens, but with think tags, which some tokenizers count among these."""
     added = tokenizer.added_tokens_decoder
     hidden = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
     hidden -= {number for number, token in added.items() if token.content in ("<think>", "</think>")}
-    return tokenizer.decode([token for token in tokens if token not in hidden], clean_up_tokenization_spaces=False)
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode([token for token in tokens if token not in hidden], clean_up_tokenization_spaces=False)
+
+    return text

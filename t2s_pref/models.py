@@ -18,15 +18,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from t2s_pref.kv import Beginnings
+
 logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A model that is ready to sample from, its tokenizer, and what it was loaded from."""
+    """A model that is ready to sample from, its tokenizer, what it was loaded from, and what it has read before."""
 
     key: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    beginnings: Beginnings | None
 
 
 # The last model loaded: an engine of the same weights takes it over.
@@ -99,7 +102,9 @@ def load(base: Source, adapter: Source | None, dtype: str, device: str, trust_re
         model, tokenizer = _read(base, dtype, device, trust_remote_code)
         if adapter is not None:
             model = _adapted(model, adapter, base.name)
-        _loaded = Loaded(key, model.eval(), tokenizer)
+        from t2s_pref.kv import Beginnings
+
+        _loaded = Loaded(key, model.eval(), tokenizer, Beginnings())
     return _loaded
 
 
@@ -108,8 +113,6 @@ def _read(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from t2s_pref.decoding import forward_takes
 
     where = {"revision": base.revision, "trust_remote_code": trust_remote_code}
     try:
@@ -132,12 +135,6 @@ def _read(
     if not tokenizer("SELECT", add_special_tokens=False)["input_ids"]:
         # transformers makes up a tokenizer without words
         raise UserError(f"Base model {base.name!r} cannot be loaded: its tokenizer files are missing.")
-    if not forward_takes(model, "past_key_values"):
-        # it would forget all but the last token, silently
-        raise UserError(
-            f"{base.name!r} is of type {model.config.model_type!r}, which has no key-value cache to sample with; use a "
-            "transformer decoder."
-        )
     return model, tokenizer
 
 

@@ -29,10 +29,11 @@ from t2s_pref.columns import (
     TOKENS,
     TRUNCATED,
 )
-from t2s_pref.engines import TransformersEngine
 from t2s_pref.files import atomic_write, own_prefix
 from t2s_pref.plan import cut_batches
+from t2s_pref.progress import Progress
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
+from t2s_pref.protocol import Engine, Request
 from t2s_pref.settings import SAMPLING_VERSION, SamplingSettings
 from t2s_pref.sql import extract_sql
 from t2s_pref.store import SampleStore, record_key
@@ -52,18 +53,25 @@ WORKING = {
 }
 
 
+# The file beside the samples that says how they were drawn: a resumed run must cut the same batches.
+RUN = "run.json"
+
+# Seconds between two writes to the store, where single candidates are kept.
+KEEP_AFTER = 1.0
+
+
 class RejectSampler:
     """Batch of rows in, batch of rows with their candidates out: what `Dataset.map` calls.
 
     Its state, for hashing, is everything that decides the candidates and nothing else: no model, no store, no budget.
     """
 
-    def __init__(
-        self, engine: TransformersEngine, identity: dict[str, Any], settings: SamplingSettings, keep_raw: bool
-    ) -> None:
+    def __init__(self, engine: Engine, identity: dict[str, Any], settings: SamplingSettings, keep_raw: bool) -> None:
         self.engine, self.identity, self.settings, self.keep_raw = engine, identity, settings, keep_raw
         self.store: SampleStore | None = None
         self.budget = 0
+        # Told of each candidate that is found or drawn.
+        self.progress: Progress | None = None
         # Which candidates each row gets, by its position; the same for all where nothing says otherwise.
         self.wanted: list[range] | None = None
 
@@ -94,9 +102,20 @@ class RejectSampler:
     def using(self, folder: Path) -> Iterator[None]:
         """Sample into the store in `folder`, with the budget that its first run measured there."""
         with SampleStore(folder) as self.store:
-            self.budget = _recorded(folder / "budget.json", self.engine.token_budget)
-            yield
+            run = _recorded(
+                folder / RUN, lambda: {"token_budget": self.engine.token_budget(), "decoding": self.engine.method()}
+            )
+            self.budget = run["token_budget"]
+            try:
+                yield
+            finally:
+                self.engine.rest()
         self.store = None
+
+    def method(self, folder: Path) -> str | None:
+        """How the samples in `folder` were decoded, in words; `None` where nothing is there."""
+        with suppress(FileNotFoundError):
+            return json.loads((folder / RUN).read_text(encoding="utf-8")).get("decoding")
 
     def tokenize(self, rows: dict[str, list], positions: list[int]) -> dict[str, list]:
         """The working columns of a batch of rows."""
@@ -135,44 +154,75 @@ class RejectSampler:
             for candidate in asked[row]
         }
         records = {of: record for of, key in keys.items() if (record := self.store.get(key)) is not None}
-        # Batches are cut before what is known is left out, so that a resumed run decodes what was together together.
-        for batch in cut_batches(
-            [rows[PROMPT_TOKENS][row] for row in fits],
-            [rows[ANSWER_TOKENS][row] for row in fits],
-            [asked[row] for row in fits],
-            self.budget,
-        ):
-            parts = [(fits[part.row], part.candidates) for part in batch]
-            wanted = {row: [c for c in candidates if (row, c) not in records] for row, candidates in parts}
-            if wanted := {row: missing for row, missing in wanted.items() if missing}:
-                fresh = self._sample(rows, wanted, context)
-                self.store.append((keys[of], record) for of, record in fresh.items())
-                records.update(fresh)
+        if self.progress:
+            self.progress.found(len(records))
+        if len(records) < len(keys):
+            self._sample(rows, fits, asked, keys, records, context)
         return self._columns([[records.get((row, c)) for c in asked[row]] for row in range(len(asked))])
 
     def _sample(
-        self, rows: dict[str, list], wanted: dict[int, list[int]], context: float
-    ) -> dict[tuple[int, int], dict[str, Any]]:
-        from t2s_pref.decoding import Request
+        self,
+        rows: dict[str, list],
+        fits: list[int],
+        asked: list[range],
+        keys: dict[tuple[int, int], bytes],
+        records: dict[tuple[int, int], dict[str, Any]],
+        context: float,
+    ) -> None:
+        """Add what is missing to `records` and to the store, batch by batch."""
+        prompts = {row: tuple(rows[PROMPT_IDS][row]) for row in fits}
+        caps = {row: int(min(self.settings.max_new_tokens, context - len(prompts[row]))) for row in fits}
+        expected = {row: min(caps[row], _likely(rows[ANSWER_TOKENS][row])) for row in fits}
+        # Batches are cut before what is known is left out, so that a resumed run decodes what was together together.
+        for batch in cut_batches(
+            list(prompts.values()),
+            list(expected.values()),
+            [asked[row] for row in fits],
+            self.budget,
+            self.engine.holds_once(),
+        ):
+            wanted = [
+                (row, Request(prompts[row], int(rows[ROW_SEED][row]), missing, caps[row], part.shared, expected[row]))
+                for part in batch
+                for row in [fits[part.row]]
+                if (missing := [c for c in part.candidates if (row, c) not in records])
+            ]
+            if wanted:
+                self._draw(wanted, keys, records)
 
-        cap = self.settings.max_new_tokens
-        requests = [
-            Request(
-                rows[PROMPT_IDS][row],
-                int(rows[ROW_SEED][row]),
-                candidates,
-                int(min(cap, context - rows[PROMPT_TOKENS][row])),
-            )
-            for row, candidates in wanted.items()
-        ]
-        start = time.perf_counter()
-        answers = self.engine.sample(requests, self.settings)
-        share = (time.perf_counter() - start) / sum(map(len, answers))
-        return {
-            (row, candidate): {**answer._asdict(), "seconds": share}
-            for (row, candidates), drawn in zip(wanted.items(), answers, strict=True)
-            for candidate, answer in zip(candidates, drawn, strict=True)
-        }
+    def _draw(
+        self,
+        wanted: list[tuple[int, Request]],
+        keys: dict[tuple[int, int], bytes],
+        records: dict[tuple[int, int], dict[str, Any]],
+    ) -> None:
+        fresh: dict[tuple[int, int], dict[str, Any]] = {}
+
+        def keep() -> None:
+            self.store.append((keys[of], record) for of, record in fresh.items())
+            records.update(fresh)
+            fresh.clear()
+
+        last = kept = time.perf_counter()
+        try:
+            for place, candidate, answer in self.engine.sample(
+                [request for _, request in wanted], self.settings, self.budget
+            ):
+                now = time.perf_counter()
+                record = {**answer._asdict(), "seconds": now - last}
+                fresh[wanted[place][0], candidate] = record
+                last = now
+                if self.progress:
+                    self.progress.drawn()
+                if not self.engine.whole_batches and now - kept > KEEP_AFTER:
+                    keep()
+                    kept = now
+        finally:
+            if not self.engine.whole_batches or len(fresh) == sum(len(request.candidates) for _, request in wanted):
+                keep()
+        if self.engine.ceiling < self.budget:
+            self.budget = int(self.engine.ceiling)
+            _record(self.store.folder / RUN, {"token_budget": self.budget, "decoding": self.engine.method()})
 
     def _columns(self, sampled: list[list[dict[str, Any] | None]]) -> dict[str, list]:
         columns: dict[str, list] = {name: [] for name in self.features()}
@@ -194,20 +244,29 @@ def _sql_of(record: dict[str, Any]) -> tuple[str, str]:
     return (SAMPLED, sql) if sql else (NO_SQL, "")
 
 
-def _recorded(path: Path, measure: Callable[[], int]) -> int:
-    """The token budget in `path`, measured and written by whichever process comes first.
+def _likely(gold: int) -> int:
+    """How many tokens an answer probably has, where the gold has `gold`: rarely half as many more."""
+    return gold + gold // 2 + 8
+
+
+def _recorded(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is in `path`, measured and written by whichever process comes first.
 
     Batches follow from it, so a resumed run and all ranks must use the same.
     """
     with suppress(FileNotFoundError):
-        return json.loads(path.read_text(encoding="utf-8"))["token_budget"]
+        return json.loads(path.read_text(encoding="utf-8"))
     mine = path.with_name(own_prefix(path.parent, f".{path.name}-"))
-    with atomic_write(mine) as file:
-        json.dump({"token_budget": measure()}, file)
+    _record(mine, measure())
     try:
         os.link(mine, path)  # unlike a rename, it never replaces what another process wrote first
     except OSError:
         if not path.exists():  # a file system without hard links
             os.replace(mine, path)
     mine.unlink(missing_ok=True)
-    return json.loads(path.read_text(encoding="utf-8"))["token_budget"]
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _record(path: Path, found: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        json.dump(found, file)

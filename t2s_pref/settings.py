@@ -8,7 +8,7 @@ from t2s_pref.errors import UserError
 
 # Raise it whenever the same settings and weights give other candidates, or the same candidates another SQL: it is part
 # of every key, so that old samples are never served for new code. tests/test_golden.py fails where that was forgotten.
-SAMPLING_VERSION = 2
+SAMPLING_VERSION = 3
 
 # What may be chosen, and the default: here, because the command line must know it without importing anything large.
 DEFAULT_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
@@ -32,6 +32,10 @@ class SamplingSettings:
             reaches it is dropped and counted.
         temperature (`float`, *optional*, defaults to `0.7`): `0` is greedy decoding, one candidate a row.
         top_p (`float`, *optional*, defaults to `0.9`): Nucleus, in `(0, 1]`; `1` keeps the whole vocabulary.
+        top_k (`int`, *optional*, defaults to `0`): Draw from the likeliest `top_k` tokens only; `0` is off.
+        repetition_penalty (`float`, *optional*, defaults to `1.0`): Above 1, tokens that the prompt or the answer holds
+            already become less likely (Keskar et al., arXiv 1909.05858); `1` is off.
+        stop (`tuple[str, ...]`, *optional*, defaults to `()`): An answer ends before the first of these texts.
         enable_thinking (`bool`, *optional*, defaults to `False`): Given to the chat template; a think block in the
             answer never becomes part of the SQL.
 
@@ -44,13 +48,16 @@ class SamplingSettings:
     max_new_tokens: int = 4096
     temperature: float = 0.7
     top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
     enable_thinking: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_rejects", "seed", "max_new_tokens"):
+        for name in ("num_rejects", "seed", "max_new_tokens", "top_k"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
                 raise UserError(f"{name} is {value!r}; it must be an integer.")
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "repetition_penalty"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int | float):
                 raise UserError(f"{name} is {value!r}; it must be a number.")
             try:
@@ -58,6 +65,11 @@ class SamplingSettings:
                 object.__setattr__(self, name, float(value))
             except OverflowError as error:
                 raise UserError(f"{name} is larger than any float.") from error
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
+        if not all(isinstance(text, str) and text for text in stop):
+            raise UserError(f"stop is {self.stop!r}; it must be texts of one character or more.")
+        object.__setattr__(self, "stop", stop)
         if not isinstance(self.enable_thinking, bool):
             raise UserError(f"enable_thinking is {self.enable_thinking!r}; it must be True or False.")
         if self.num_rejects < 1:
@@ -68,6 +80,10 @@ class SamplingSettings:
             raise UserError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = the whole vocabulary).")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or more.")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1 = off).")
 
     @property
     def candidates(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t2s_pref import SamplingSettings, TransformersEngine, UserError
-from t2s_pref.decoding import Request
+from t2s_pref.protocol import Request
 
 CHATS = [
     [{"role": "user", "content": "How many books are there?"}],
@@ -31,7 +31,13 @@ def candidates(engine: TransformersEngine, memo: Path, settings: SamplingSetting
     requests = [
         Request(ids, settings.row_seed(row), numbers, settings.max_new_tokens) for row, ids in enumerate(prompts)
     ]
-    return [[answer.text for answer in row] for row in engine.sample(requests, settings)]
+    return in_order(engine, requests, settings)
+
+
+def in_order(engine: TransformersEngine, requests: list[Request], settings: SamplingSettings) -> list[list[str]]:
+    """The texts that an engine hands over as they end, as the requests have them."""
+    texts = {(one.place, one.candidate): one.answer.text for one in engine.sample(requests, settings, 1 << 20)}
+    return [[texts[place, number] for number in request.candidates] for place, request in enumerate(requests)]
 
 
 class Server:
@@ -71,12 +77,12 @@ class Server:
         import psutil
 
         prompts = [[(7 * row + place) % 500 + 3 for place in range(length)] for row in range(rows)]
-        requests = [Request(prompt, row, range(numbers), 4) for row, prompt in enumerate(prompts)]
+        requests = [Request(prompt, row, range(numbers), 4, length - 1, 4) for row, prompt in enumerate(prompts)]
         before = resource.getrlimit(resource.RLIMIT_AS)
         if spare is not None:
             resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + spare, before[1]))
         try:
-            return self.engine.sample(requests, SETTINGS)
+            return in_order(self.engine, requests, SETTINGS)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
 

@@ -85,7 +85,7 @@ def test_the_readme_lists_every_option_with_its_default():
     found = options(build_parser())
     assert set(rows) == set(found)
     for name, action in found.items():
-        shown = "off" if action.default is False else "none" if action.default in (None, "") else action.default
+        shown = "off" if action.default is False else "none" if action.default in (None, "", ()) else action.default
         assert rows[name].strip().strip("`") == ("required" if action.required else str(shown)), name
 
 

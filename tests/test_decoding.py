@@ -1,11 +1,22 @@
-import math
+"""What decoding promises: the tokens that each candidate has alone, whatever it is decoded with and in whatever way."""
+
+from functools import cache
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2s_pref.decoding import Request, candidate_key, choose, draw, halve, out_of_memory, uniform_noise
+from t2s_pref import choice
+from t2s_pref.attention import base_of
+from t2s_pref.choice import Sampling, candidate_key, choose
+from t2s_pref.decoding import Decoder, Ends, OutOfMemoryError, out_of_memory
+from t2s_pref.fallback import Generator
+from t2s_pref.kv import Beginnings
+from t2s_pref.methods import COPIED, GENERATE, SHARED, SHARING, difference, method_of
+from t2s_pref.plan import cut_batches
+from t2s_pref.protocol import Request, Work
 
 END, PAD = 1, 0
 SHAPE = {
@@ -21,224 +32,397 @@ SHAPE = {
     "eos_token_id": END,
     "bos_token_id": 2,
 }
-CONFIGS = {
-    "qwen2": transformers.Qwen2Config(**SHAPE),
-    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16),
-    "qwen3_moe": transformers.Qwen3MoeConfig(
-        **SHAPE, head_dim=16, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2
-    ),
-    "llama": transformers.LlamaConfig(**SHAPE),
-    "mistral": transformers.MistralConfig(**SHAPE, sliding_window=None),
-    "mistral with a window": transformers.MistralConfig(**SHAPE, sliding_window=16),
-    "gemma3": transformers.Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=16),
-    "phi3": transformers.Phi3Config(**SHAPE),
-    "gpt2": transformers.GPT2Config(
-        vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=512, bos_token_id=2, eos_token_id=END
-    ),
-    "qwen3_next": transformers.Qwen3NextConfig(
-        **SHAPE,
-        head_dim=16,
-        linear_num_value_heads=4,
-        linear_num_key_heads=2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        shared_expert_intermediate_size=32,
-        layer_types=["linear_attention", "full_attention"],
-    ),
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
 }
-KEYWORDS = {"temperature": 1.0, "top_p": 0.95, "end_tokens": [END], "pad_token": PAD}
+OLD = {"vocab_size": 512, "bos_token_id": 2, "eos_token_id": END, "pad_token_id": PAD, "initializer_range": 0.15}
+
+# By the fastest way that is right for them; those that share are the allow-list, one each.
+MODELS = {
+    SHARED: {
+        "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
+        "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**SHAPE, **EXPERTS, shared_expert_intermediate_size=64),
+        "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=16),
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=16),
+        "llama": lambda: transformers.LlamaConfig(**SHAPE),
+        "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=None),
+        "mixtral": lambda: transformers.MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=None),
+        "phi": lambda: transformers.PhiConfig(**SHAPE),
+        "phi3": lambda: transformers.Phi3Config(**SHAPE),
+        "gemma": lambda: transformers.GemmaConfig(**SHAPE, head_dim=16),
+        "granite": lambda: transformers.GraniteConfig(**SHAPE),
+        "olmo": lambda: transformers.OlmoConfig(**SHAPE),
+        "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
+        "starcoder2": lambda: transformers.Starcoder2Config(**SHAPE, sliding_window=None),
+        "stablelm": lambda: transformers.StableLmConfig(**SHAPE),
+        "cohere": lambda: transformers.CohereConfig(**SHAPE),
+        "glm": lambda: transformers.GlmConfig(**SHAPE, head_dim=16),
+        "glm4": lambda: transformers.Glm4Config(**SHAPE, head_dim=16),
+        "smollm3": lambda: transformers.SmolLM3Config(**SHAPE),
+        "ernie4_5": lambda: transformers.Ernie4_5Config(**SHAPE, head_dim=16),
+        "seed_oss": lambda: transformers.SeedOssConfig(**SHAPE, head_dim=16),
+    },
+    COPIED: {
+        "gpt2": lambda: transformers.GPT2Config(**OLD, n_embd=64, n_layer=2, n_head=4, n_positions=512),
+        "opt": lambda: transformers.OPTConfig(
+            **OLD, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64
+        ),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(
+            **OLD, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+        ),
+        "falcon": lambda: transformers.FalconConfig(**OLD, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
+        "deepseek_v2": lambda: transformers.DeepseekV2Config(**{**SHAPE, **LATENT}),
+        "deepseek_v3": lambda: transformers.DeepseekV3Config(**{**SHAPE, **LATENT}),
+    },
+    GENERATE: {
+        "mistral with a window": lambda: transformers.MistralConfig(**SHAPE, sliding_window=16),
+        "gemma2": lambda: transformers.Gemma2Config(**SHAPE, head_dim=16, sliding_window=16),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=16),
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **SHAPE, head_dim=16, sliding_window=16, num_local_experts=4, num_experts_per_tok=2
+        ),
+        "bloom": lambda: transformers.BloomConfig(**OLD, hidden_size=64, n_layer=2, n_head=4),
+        "mamba2": lambda: transformers.Mamba2Config(
+            **OLD, hidden_size=64, num_hidden_layers=2, num_heads=8, head_dim=16, state_size=16, n_groups=1
+        ),
+        "qwen3_next": lambda: transformers.Qwen3NextConfig(
+            **{**SHAPE, **EXPERTS},
+            head_dim=16,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            shared_expert_intermediate_size=32,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+    },
+}
+METHODS = {kind: method for method, kinds in MODELS.items() for kind in kinds}
+SAMPLING = Sampling(1.0, 0.95)
+LARGE = 100_000
 
 
+@cache
 def model_of(kind):
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+    return transformers.AutoModelForCausalLM.from_config(MODELS[METHODS[kind]][kind]()).eval()
 
 
-def requests(candidates=range(3), cap=30):
+def prompts():
+    """Two schemas that share a system prompt, one row of its own, a row twice, and one that begins another."""
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in (5, 40, 23, 31)]
-    return [Request(prompt, 1234 + 1000 * row, list(candidates), cap) for row, prompt in enumerate(prompts)]
+
+    def tokens(count):
+        return torch.randint(3, 512, (count,), generator=generator).tolist()
+
+    system = tokens(10)
+    one, other = [*system, *tokens(70)], [*system, *tokens(90)]
+    rows = [[*one, *tokens(5)], [*other, *tokens(23)], tokens(31), [*one, *tokens(12)], [*other, *tokens(1)]]
+    return [*rows, rows[0], rows[3][:-2]]
 
 
-def one_by_one(model, wanted):
-    return [
-        [draw(model, [Request(r.prompt, r.row_seed, [c], r.cap)], **KEYWORDS)[0][0] for c in r.candidates]
-        for r in wanted
-    ]
+def requests_of(candidates=range(2), cap=12, budget=LARGE, once=True, rows=None):
+    """Batches as the plan cuts them, and the rows of their requests."""
+    rows = prompts() if rows is None else rows
+    for batch in cut_batches(rows, [6] * len(rows), [candidates] * len(rows), budget, once):
+        yield [Request(rows[each.row], 1000 * each.row, list(each.candidates), cap, each.shared, 6) for each in batch]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_batch_gives_the_tokens_that_each_candidate_has_alone(kind):
-    model = model_of(kind)
-    assert draw(model, requests(), **KEYWORDS) == one_by_one(model, requests())
+def drawer_of(model, method, work=None):
+    return Generator(model, work) if method == GENERATE else Decoder(model, method == SHARED, work=work)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+def draw(drawer, batches, sampling=SAMPLING, ends=(END,), budget=LARGE):
+    """Tokens and whether they ended, by row seed and candidate; each exactly once."""
+    found = {}
+    for batch in batches:
+        for drawn in drawer.draw(batch, sampling, ends if isinstance(ends, Ends) else Ends(frozenset(ends)), budget):
+            key = batch[drawn.place].row_seed, drawn.candidate
+            assert key not in found
+            found[key] = drawn.tokens, drawn.ended
+    return found
+
+
+def row_by_row(model, sampling=SAMPLING, cap=12, candidates=range(2), rows=None):
+    """Each candidate alone, every token after a plain forward pass over all before it: no cache, no batch."""
+    found = {}
+    for row, prompt in enumerate(prompts() if rows is None else rows):
+        for candidate in candidates:
+            ids, ended = list(prompt), False
+            key = torch.tensor([candidate_key(1000 * row, candidate)])
+            for step in range(cap):
+                with torch.inference_mode():
+                    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
+                seen = torch.zeros_like(logits, dtype=torch.bool)
+                seen[0, ids] = True
+                token = choose(logits, key, torch.tensor([step]), sampling, seen)[0].item()
+                if token == END:
+                    ended = True
+                    break
+                ids.append(token)
+            found[1000 * row, candidate] = ids[len(prompt) :], ended
+    return found
+
+
+@cache
+def alone(kind):
+    return row_by_row(model_of(kind))
+
+
+def test_every_architecture_that_may_share_is_shown_here_to_do_it_right():
+    assert set(MODELS[SHARED]) == SHARING
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_model_is_decoded_in_the_fastest_way_that_is_right_for_it(kind):
+    assert method_of(model_of(kind)) == METHODS[kind]
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_batch_has_the_tokens_that_each_candidate_has_alone(kind):
+    method = METHODS[kind]
+    found = draw(drawer_of(model_of(kind), method), requests_of(once=method == SHARED))
+    assert found == alone(kind)
+    assert len({tuple(tokens) for tokens, _ in found.values()}) > len(found) // 2
+
+
+@pytest.mark.parametrize("kind", MODELS[SHARED])
+def test_a_batch_under_a_lora_adapter_has_the_tokens_that_each_candidate_has_alone(kind):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[SHARED][kind]())
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    assert method_of(model) == SHARED
+    found = draw(Decoder(model, True), requests_of())
+    assert found == row_by_row(model)
+    assert found != alone(kind)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+@pytest.mark.parametrize("budget", [LARGE, 400, 90], ids=["at once", "with refills", "one at a time"])
+def test_every_way_and_every_budget_gives_the_same_tokens(kind, method, budget):
+    work = Work()
+    drawer = drawer_of(model_of(kind), method, work)
+    assert draw(drawer, requests_of(budget=budget, once=method == SHARED), budget=budget) == alone(kind)
+    assert work.prompt_asked >= 2 * sum(map(len, prompts()))
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED])
+@pytest.mark.parametrize("stride", [2, 8, 50])
+def test_looking_at_the_tokens_every_few_steps_only_changes_none_of_them(method, stride, monkeypatch):
+    monkeypatch.setattr(choice, "WIDTH", 4)  # so that a nucleus is often wider than what is ranked
+    decoder = drawer_of(model_of("qwen3"), method)
+    decoder.stride = stride
+    for budget in (LARGE, 400):
+        assert draw(decoder, requests_of(budget=budget, once=method == SHARED), budget=budget) == alone("qwen3")
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+def test_penalty_top_k_and_greedy_are_the_same_in_every_way(method):
+    model = model_of("qwen3")
+    for sampling in (Sampling(1.0, 0.9, 20, 1.3), Sampling(0.0), Sampling(0.0, repetition_penalty=1.2)):
+        found = draw(drawer_of(model, method), requests_of(range(1), once=method == SHARED), sampling)
+        assert found == row_by_row(model, sampling, candidates=range(1))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gemma3", "mamba2"])
 def test_greedy_tokens_are_those_of_transformers_generate(kind):
     model = model_of(kind)
-    for request in requests([0]):
-        ours = draw(model, [request], **{**KEYWORDS, "temperature": 0.0})[0][0]
+    found = draw(drawer_of(model, METHODS[kind]), requests_of(range(1)), Sampling(0.0))
+    for row, prompt in enumerate(prompts()):
         theirs = model.generate(
-            torch.tensor([request.prompt]), max_new_tokens=30, do_sample=False, eos_token_id=END, pad_token_id=PAD
-        )[0, len(request.prompt) :].tolist()
-        assert ours.tokens + [END] * ours.ended == theirs
-
-
-def test_a_batch_gives_the_same_tokens_under_a_lora_adapter():
-    model = model_of("qwen3")
-    plain = draw(model, requests(), **KEYWORDS)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    adapted = draw(model, requests(), **KEYWORDS)
-    assert adapted == one_by_one(model, requests())
-    assert adapted != plain
-
-
-def test_a_prompt_is_read_once_however_many_candidates_it_has():
-    model = model_of("qwen3")
-    shapes = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    draw(model, requests(range(5)), **KEYWORDS)
-    assert shapes[0] == (4, 40)  # four prompts, the longest of 40 tokens
-    assert shapes[1] == (20, 1)
-    assert all(tokens == 1 for _, tokens in shapes[1:])
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=END, pad_token_id=PAD
+        )[0, len(prompt) :].tolist()
+        tokens, ended = found[1000 * row, 0]
+        assert tokens + [END] * ended == theirs
 
 
 def test_a_candidate_does_not_depend_on_which_others_are_drawn():
+    decoder = Decoder(model_of("qwen3"), True)
+    five = draw(decoder, requests_of(range(5)))
+    two = draw(decoder, requests_of(range(3, 5)))
+    assert {key: drawn for key, drawn in five.items() if key[1] >= 3} == two
+
+
+# -- where an answer ends --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+def test_a_candidate_ends_at_its_own_cap_at_any_end_token_and_where_its_text_says_so(method):
+    drawer = drawer_of(model_of("qwen3"), method)
+    (batch,) = requests_of(cap=12)
+    free = draw(drawer, [batch])
+    caps = [Request(r.prompt, r.row_seed, r.candidates, 1 + place, r.shared) for place, r in enumerate(batch)]
+    for request in caps:
+        for candidate in request.candidates:
+            tokens, ended = free[request.row_seed, candidate]
+            expected = (tokens, ended) if len(tokens) < request.cap else (tokens[: request.cap], False)
+            assert draw(drawer, [caps])[request.row_seed, candidate] == expected
+    key, (tokens, _) = max(free.items(), key=lambda item: len(item[1][0]))
+    another = tokens[5]
+    place = tokens.index(another)
+    assert draw(drawer, [batch], ends=(END, another))[key] == (tokens[:place], True)
+    last = [Request(r.prompt, r.row_seed, r.candidates, place + 1, r.shared) for r in batch]
+    assert draw(drawer, [last], ends=(END, another))[key] == (tokens[:place], True)
+    told = Ends(frozenset([END]), frozenset([another]), lambda answer: len(answer) > place)
+    assert draw(drawer, [batch], ends=told)[key] == (tokens[: place + 1], True)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_what_is_watched_is_seen_at_its_token_however_seldom_one_looks(stride):
+    watched = frozenset(range(2, 512, 3))
+    ends = Ends(frozenset([END]), watched, lambda answer: len(answer) >= 4)
+    decoder = Decoder(model_of("qwen3"), True)
+    decoder.stride = stride
+    for tokens, ended in draw(decoder, requests_of(), ends=ends).values():
+        if ended:
+            assert tokens[-1] in watched or len(tokens) < 12
+        assert not any(token in watched for token in tokens[3:-1])
+
+
+# -- what is read ----------------------------------------------------------------------------------------------------
+
+
+def nodes(rows):
+    return len({tuple(row[: end + 1]) for row in rows for end in range(len(row))})
+
+
+def test_every_distinct_prompt_token_goes_through_the_model_once_and_none_is_padding():
+    for method in (SHARED, COPIED):
+        work = Work()
+        draw(drawer_of(model_of("qwen3"), method, work), requests_of(range(5), once=method == SHARED))
+        # the row that begins another is read as one of its own group: it shares all but its last token
+        assert nodes(prompts()) <= work.prompt_computed <= nodes(prompts()) + 2
+        assert work.prompt_asked == 5 * sum(map(len, prompts()))
+
+
+def test_beginnings_are_read_once_for_all_batches_and_rounds_while_there_is_room_for_them():
+    beginnings, work = Beginnings(), Work()
     model = model_of("qwen3")
-    five = draw(model, requests(range(5)), **KEYWORDS)
-    two = draw(model, requests([3, 4]), **KEYWORDS)
-    assert [row[3:] for row in five] == two
-    assert len({tuple(drawn.tokens) for row in five for drawn in row}) == 20
+    one_by_one = [[request] for batch in requests_of() for request in batch]
+    found = draw(Decoder(model, True, beginnings, work), one_by_one)
+    assert found == alone("qwen3")
+    first = work.prompt_computed
+    assert first < nodes(prompts()) + 60  # of the two schemas and the system prompt, nothing was read twice
+    draw(Decoder(model, True, beginnings, work), requests_of(range(2, 4)))
+    assert work.prompt_computed - first < 100
+    beginnings.shrink(0)
+    draw(Decoder(model, True, beginnings, work), requests_of(range(2, 4)))
+    assert work.prompt_computed - first > nodes(prompts())
 
 
-def test_a_candidate_ends_at_any_of_the_end_tokens_or_at_its_own_cap():
+def test_no_more_is_held_than_the_budget_allows():
+    for method in (SHARED, COPIED):
+        for budget in (400, 600, 1500):
+            work = Work()
+            drawer = drawer_of(model_of("qwen3"), method, work)
+            draw(drawer, requests_of(range(5), cap=6, budget=budget, once=method == SHARED), budget=budget)
+            assert work.most_held <= 1.2 * budget  # room is given in steps of 16 tokens
+
+
+def test_long_prompts_are_read_in_pieces(monkeypatch):
+    from t2s_pref import reading
+
+    monkeypatch.setattr(reading, "CHUNK", 16)
+    for method in (SHARED, COPIED):
+        assert draw(drawer_of(model_of("qwen3"), method), requests_of(once=method == SHARED)) == alone("qwen3")
+
+
+def test_answers_longer_than_expected_get_more_room():
+    rows = prompts()[:2]
     model = model_of("qwen3")
-    wanted = [
-        Request(request.prompt, request.row_seed, [0, 1], cap)
-        for request, cap in zip(requests(), (1, 7, 30, 30), strict=True)
-    ]
-    free = draw(model, wanted, **{**KEYWORDS, "end_tokens": [END]})
-    assert [len(drawn.tokens) for drawn in free[0]] == [1, 1]
-    assert not free[0][0].ended
-    assert not free[1][0].ended
-    another = free[2][0].tokens[5]
-    ended = draw(model, wanted, **{**KEYWORDS, "end_tokens": [END, another]})
-    first = free[2][0].tokens.index(another)
-    assert ended[2][0].tokens == free[2][0].tokens[:first]
-    assert ended[2][0].ended
+    batch = [Request(row, 1000 * place, [0, 1], 60, 0, 1) for place, row in enumerate(rows)]
+    assert draw(Decoder(model, True), [batch], ends=()) == {
+        key: (tokens, ended)
+        for key, (tokens, ended) in draw(Decoder(model, False), [batch], ends=(), budget=300).items()
+    }
+    assert all(len(tokens) == 60 for tokens, _ in draw(Decoder(model, True), [batch], ends=()).values())
 
 
-def test_an_end_token_on_the_last_step_still_ends_the_candidate():
-    model = model_of("qwen3")
-    request = requests([0])[0]
-    tokens = draw(model, [request], **KEYWORDS)[0][0].tokens
-    end = tokens[4]
-    place = tokens.index(end)
-    capped = Request(request.prompt, request.row_seed, [0], place + 1)
-    drawn = draw(model, [capped], **{**KEYWORDS, "end_tokens": [end]})[0][0]
-    assert drawn.ended
-    assert len(drawn.tokens) == place
+# -- the model itself ------------------------------------------------------------------------------------------------
 
 
-# -- the sampler -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_model_is_left_as_it_was_even_where_nobody_takes_the_rest(method, attention):
+    torch.manual_seed(0)
+    config = MODELS[SHARED]["qwen3"]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    settings = model.generation_config.to_dict()
+    assert draw(drawer_of(model, method), requests_of(once=method == SHARED)) == alone("qwen3")
+    some = drawer_of(model, method).draw(next(iter(requests_of())), SAMPLING, Ends(frozenset([END])), LARGE)
+    next(some)
+    some.close()
+    assert model.config._attn_implementation == attention
+    assert model.generation_config.to_dict() == settings
+    assert not torch.is_inference(model(torch.tensor([[5, 6]])).logits)
 
 
-def nucleus(logits, temperature, top_p):
-    """The distribution that should be drawn from, by the textbook: one full sort."""
-    probability = torch.softmax(logits.double() / temperature, -1)
-    ranked, order = probability.sort(descending=True)
-    kept = ranked.cumsum(0) - ranked < top_p
-    kept[0] = True
-    result = torch.zeros_like(probability)
-    result[order[kept]] = ranked[kept]
-    return result / result.sum()
+def test_a_model_that_goes_around_the_attention_interface_is_found_out(monkeypatch, caplog):
+    from t2s_pref import methods
+
+    monkeypatch.setattr(methods, "SHARING", methods.SHARING | {"falcon"})
+    assert method_of(model_of("falcon")) == COPIED
+    assert "gives other logits" in caplog.text
 
 
-def chi_square_is_plausible(counts, expected):
-    """Within five standard deviations of its mean; cells of fewer than 5 expected draws are thrown together."""
-    assert counts[expected == 0].sum() == 0
-    large = expected >= 5
-    observed = torch.cat([counts[large], counts[~large].sum()[None]])
-    wanted = torch.cat([expected[large], expected[~large].sum()[None]])
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    statistic = ((observed - wanted) ** 2 / wanted).sum().item()
-    freedom = len(wanted) - 1
-    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_logits_are_those_of_a_forward_pass_to_within_its_rounding(kind, dtype):
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[METHODS[kind]][kind](), dtype=dtype).eval()
+    for method in (SHARED, COPIED) if METHODS[kind] == SHARED else (COPIED,):
+        assert difference(model, method) < (0.05 if dtype == torch.bfloat16 else 0.01)
+    assert method_of(model) == METHODS[kind]
 
 
-@pytest.mark.parametrize("seed", [1234, 7, -5])
-@pytest.mark.parametrize(
-    ("vocabulary", "spread", "temperature", "top_p"),
-    [(50, 2.0, 0.7, 0.9), (600, 1.0, 1.3, 0.95), (600, 1.0, 1.0, 1.0), (2000, 0.3, 1.0, 0.99)],
-    ids=["few tokens", "many tokens", "no nucleus", "nucleus wider than what is ranked"],
-)
-def test_tokens_are_drawn_from_the_nucleus_of_the_distribution(seed, vocabulary, spread, temperature, top_p):
-    draws = 12_000
-    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(3)) * spread
-    keys = torch.tensor([candidate_key(seed, candidate) for candidate in range(draws)])
-    tokens = torch.cat(
-        [
-            choose(logits.expand(len(part), -1), part, torch.full_like(part, 11), temperature, top_p)
-            for part in keys.split(4000)
-        ]
-    )
-    counts = tokens.bincount(minlength=vocabulary).double()
-    assert chi_square_is_plausible(counts, nucleus(logits, temperature, top_p) * draws)
+class HostReads(TorchDispatchMode):
+    """Counts operations whose result the host waits for; on a GPU each of them would hold up both."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        self.reads += name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique2")
+        if name == "aten::index.Tensor" or name == "aten::index_put_":
+            self.reads += any(each is not None and each.dtype == torch.bool for each in args[1])
+        return func(*args, **(kwargs or {}))
 
 
-def test_the_sampler_agrees_with_torch_multinomial():
-    draws = 12_000
-    logits = torch.randn(300, generator=torch.Generator().manual_seed(5))
-    distribution = nucleus(logits, 0.8, 0.9)
-    theirs = torch.multinomial(distribution, draws, replacement=True, generator=torch.Generator().manual_seed(9))
-    keys = torch.tensor([candidate_key(1, candidate) for candidate in range(draws)])
-    ours = choose(logits.expand(draws, -1), keys, torch.zeros_like(keys), 0.8, 0.9)
-    first, second = (tokens.bincount(minlength=300).double() for tokens in (ours, theirs))
-    seen = first + second > 10
-    statistic = ((first - second) ** 2 / (first + second))[seen].sum().item()
-    assert abs(statistic - int(seen.sum())) < 5 * math.sqrt(2 * int(seen.sum()))
+def test_between_two_looks_at_the_tokens_the_host_waits_for_nothing():
+    decoder = Decoder(model_of("llama"), True)
+    decoder.stride = 8
+    reads = HostReads()
+    counts = []
+    forward = decoder.model.forward
 
+    def counted(*args, **kwargs):
+        counts.append(reads.reads)
+        return forward(*args, **kwargs)
 
-def test_draws_at_different_steps_are_independent():
-    draws = 20_000
-    logits = torch.zeros(4).expand(draws, -1)
-    keys = torch.tensor([candidate_key(1, candidate) for candidate in range(draws)])
-    first, second = (choose(logits, keys, torch.full_like(keys, step), 1.0, 1.0) for step in (0, 1))
-    counts = (first * 4 + second).bincount(minlength=16).double()
-    assert chi_square_is_plausible(counts, torch.full((16,), draws / 16).double())
-
-
-def test_noise_depends_on_key_step_and_token_alone():
-    tokens = torch.arange(100).expand(3, -1)
-    keys, steps = torch.tensor([candidate_key(1, 0), candidate_key(1, 1), candidate_key(2, 0)]), torch.tensor([0, 0, 9])
-    noise = uniform_noise(keys, steps, tokens)
-    assert ((noise > 0) & (noise < 1)).all()
-    assert torch.equal(noise[2], uniform_noise(keys[2:], steps[2:], tokens[:1])[0])
-    assert torch.equal(noise[:, 40:60], uniform_noise(keys, steps, tokens[:, 40:60]))
-    assert len(noise.unique()) == noise.numel()
-
-
-def test_the_noise_of_a_known_key_is_pinned():
-    assert candidate_key(1234, 0) == -4801010868894378210
-    noise = uniform_noise(torch.tensor([candidate_key(1234, 0)]), torch.tensor([3]), torch.tensor([[0, 7, 151_935]]))
-    assert noise[0].tolist() == [0.4087292585463576, 0.5425149063349539, 0.04040155637158588]
+    decoder.model.forward = counted
+    try:
+        with reads:
+            draw(decoder, requests_of(cap=40), ends=())
+    finally:
+        del decoder.model.forward
+    steps = counts[-40:]
+    assert len(steps) == 40
+    # eight steps in a row are counted with nothing read in between
+    for start in range(0, 40 - 8, 8):
+        inside = {steps[start + place] for place in range(1, 8)}
+        assert len(inside) == 1, steps
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def test_halving_keeps_every_candidate_exactly_once():
-    wanted = requests(range(5))
-    while len(wanted) > 1 or len(wanted[0].candidates) > 1:
-        first, second = halve(wanted)
-        together = [(r.row_seed, c) for r in [*first, *second] for c in r.candidates]
-        assert together == [(r.row_seed, c) for r in wanted for c in r.candidates]
-        wanted = second
 
 
 def test_a_failed_allocation_is_told_from_other_errors():
@@ -248,3 +432,37 @@ def test_a_failed_allocation_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as other:
         torch.ones(2) @ torch.ones(3)
     assert not out_of_memory(other.value)
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+@pytest.mark.parametrize("most", [3, 1])
+def test_where_memory_ends_fewer_are_drawn_at_a_time_and_they_are_the_same(method, most):
+    model = model_of("qwen3")
+
+    def little_memory(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    drawer = drawer_of(model, method)
+    hook = model.register_forward_pre_hook(little_memory, with_kwargs=True)
+    try:
+        assert draw(drawer, requests_of(once=method == SHARED)) == alone("qwen3")
+    finally:
+        hook.remove()
+    assert 0 < drawer.ceiling < LARGE
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+def test_where_not_even_one_candidate_fits_that_is_an_error_of_its_own(method):
+    model = model_of("qwen3")
+
+    def no_memory(module, args, kwargs):
+        raise MemoryError
+
+    hook = model.register_forward_pre_hook(no_memory, with_kwargs=True)
+    try:
+        with pytest.raises(OutOfMemoryError):
+            draw(drawer_of(model, method), requests_of(once=method == SHARED))
+    finally:
+        hook.remove()
+    assert base_of(model).config._attn_implementation == "sdpa"

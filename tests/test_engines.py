@@ -16,7 +16,7 @@ from tiny_models import save_adapter, save_model, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, Mamba2ForCausalLM, Qwen3MoeConfig
 
 from t2s_pref import TransformersEngine, UserError, release_models
-from t2s_pref.engines import _text
+from t2s_pref.engines import _text_of
 
 
 def on_cpu(base, **arguments):
@@ -231,12 +231,14 @@ def test_a_model_too_large_for_the_memory_is_refused_before_it_is_read_with_the_
         assert "needs 122.1 GB" in message
 
 
-def test_a_model_without_a_key_value_cache_is_refused(tmp_path, refusal):
+def test_a_model_without_a_key_value_cache_answers_through_generate(tmp_path, memo):
     size = save_tokenizer(tmp_path / "mamba")
     shape = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 8, "num_hidden_layers": 1, "n_groups": 1}
     Mamba2ForCausalLM(Mamba2Config(vocab_size=size, **shape)).save_pretrained(tmp_path / "mamba")
-    message = refusal(tmp_path / "mamba")
-    assert "'mamba2', which has no key-value cache" in message
+    engine = on_cpu(tmp_path / "mamba")
+    assert all(text for row in candidates(engine, memo) for text in row)
+    assert engine.method() == "transformers' generate, prompt by prompt"
+    assert engine.token_budget() > 1000
 
 
 CODE = """
@@ -459,13 +461,13 @@ def test_special_tokens_vanish_from_an_answer_and_think_tags_stay(tmp_path):
     text = "<|im_start|><think>a b</think> SELECT 1<|tool|><|im_end|><|endoftext|>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[0] == 1  # special by the tokenizer's own files, though it has no role like eos
-    assert _text(tokenizer, ids) == "<think>a b</think> SELECT 1"
+    assert _text_of(tokenizer)(ids) == "<think>a b</think> SELECT 1"
 
 
 def test_an_answers_white_space_is_what_the_model_wrote(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for text in ("SELECT 1 , 2 .\n  FROM a ;  ", " don 't , do n't ?", "é 🙂 中文"):
-        assert _text(tokenizer, tokenizer(text)["input_ids"]) == text
+        assert _text_of(tokenizer)(tokenizer(text)["input_ids"]) == text
 
 
 def test_the_settings_of_these_tests_sample_and_do_not_only_rank(base_answers):

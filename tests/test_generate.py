@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,19 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from datasets.fingerprint import Hasher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from t2s_pref import SamplingSettings, TransformersEngine, UserError, demo_files, explode_rejected, generate_rejected
+from t2s_pref import (
+    SamplingSettings,
+    TransformersEngine,
+    UserError,
+    demo_files,
+    explode_rejected,
+    generate_rejected,
+    load_sft,
+    release_models,
+)
+from t2s_pref import sampler as sampler_module
+from t2s_pref.plan import group_rows
+from t2s_pref.prompts import messages
 from t2s_pref.sampler import RejectSampler
 from t2s_pref.store import SampleStore
 
@@ -314,8 +327,8 @@ def test_the_size_of_batches_does_not_spoil_the_cache(rows, cache_dir):
 def test_a_later_run_uses_the_budget_that_the_first_one_measured(rows, cache_dir):
     sampled(rows.select(range(2)), cache_dir, engine=SmallBatches(MODEL))
     sampled(rows.select(range(4)), cache_dir)
-    (budget,) = (cache_dir / "samples").glob("*/budget.json")
-    assert json.loads(budget.read_text()) == {"token_budget": 300}
+    (run,) = (cache_dir / "samples").glob("*/run.json")
+    assert json.loads(run.read_text())["token_budget"] == 300
 
 
 def test_without_a_cache_dir_samples_and_results_lie_under_hf_home(rows):
@@ -367,3 +380,89 @@ def test_a_dataset_without_rows_gets_the_columns(rows, cache_dir):
     assert len(result) == 0
     assert result.features == sampled(rows.select([0]), cache_dir).features
     assert len(explode_rejected(result, cache_dir=cache_dir)) == 0
+
+
+# -- memory and records ----------------------------------------------------------------------------------------------
+
+
+def forgetful(most):
+    """The bundled model where a batch of more than `most` sequences meets the end of memory."""
+    import torch
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+
+    def little_memory(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(little_memory, with_kwargs=True)
+    return TransformersEngine(model, tokenizer=AutoTokenizer.from_pretrained(MODEL))
+
+
+def test_where_memory_ends_the_recorded_budget_shrinks_and_the_candidates_stay_the_same(rows, cache_dir, tmp_path):
+    few = rows.select(range(6))
+    result = sampled(few, cache_dir, engine=forgetful(5))
+    assert result["rejected"][:] == sampled(few, tmp_path / "other")["rejected"][:]
+    budgets = [
+        json.loads(file.read_text())["token_budget"]
+        for folder in (cache_dir, tmp_path / "other")
+        for file in (folder / "samples").glob("*/run.json")
+    ]
+    assert 0 < budgets[0] < budgets[1] // 4
+
+
+def test_the_run_says_how_it_was_decoded_also_when_it_comes_from_the_cache(rows, cache_dir):
+    for _ in range(2):
+        result = sampled(rows.select(range(2)), cache_dir)
+        assert result.info.description.endswith("no adapter; prompts' common beginnings held once")
+
+
+def test_single_answers_are_recorded_as_they_end_in_float32_and_whole_batches_in_bfloat16(rows, cache_dir, monkeypatch):
+    monkeypatch.setattr(sampler_module, "KEEP_AFTER", 0)
+
+    class Interrupted(TransformersEngine):
+        def sample(self, *arguments):
+            for number, answer in enumerate(super().sample(*arguments)):
+                if number == 20:
+                    raise KeyboardInterrupt
+                yield answer
+
+    for dtype, kept in (("float32", 20), ("bfloat16", 0)):
+        with pytest.raises(KeyboardInterrupt):
+            sampled(rows, cache_dir / dtype, engine=Interrupted(MODEL, dtype=dtype))
+        assert stored(cache_dir / dtype) == kept
+        whole = sampled(rows, cache_dir / dtype, engine=TransformersEngine(MODEL, dtype=dtype))
+        assert (
+            whole["rejected"][:]
+            == sampled(rows, cache_dir / f"{dtype}, new", engine=TransformersEngine(MODEL, dtype=dtype))["rejected"][:]
+        )
+
+
+def test_the_prompts_of_a_schema_are_read_once_for_all_pages_and_for_more_rejects(cache_dir):
+    release_models()
+    rows = load_sft(demo_files().train)
+    engine = TransformersEngine(MODEL)
+    sampled(rows, cache_dir, engine=engine)
+    prompts = engine.encode_chats([messages(row) for row in rows], False)
+    nodes = len({tuple(prompt[: end + 1]) for prompt in prompts for end in range(len(prompt))})
+    first = engine.work.prompt_computed
+    # pages cut groups, and a group's rows read what they have in common once a batch; all is counted, padding too
+    assert nodes <= first <= 1.1 * nodes
+    assert engine.work.prompt_asked == 3 * sum(map(len, prompts))
+    sampled(rows, cache_dir, SamplingSettings(num_rejects=4, max_new_tokens=64, temperature=1.0, top_p=0.95), engine)
+    assert engine.work.prompt_asked == 4 * sum(map(len, prompts))
+    schemas = sum(group.shared for group in group_rows(prompts, [1] * len(prompts)))
+    assert engine.work.prompt_computed - first <= first - 0.8 * schemas
+
+
+def test_the_bar_shows_rows_candidates_speed_and_what_is_saved(cache_dir):
+    code = (
+        "import sys; from t2s_pref import *; files = demo_files(); rows = load_sft(files.train).select(range(24))\n"
+        "generate_rejected(rows, files.model, SamplingSettings(max_new_tokens=64), cache_dir=sys.argv[1])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(cache_dir)], capture_output=True, text=True, check=True, env=environment
+    )
+    bar = r"Sampling rejects: 100%.* 72/72 .* candidates/s, 24 rows, [\d,]+ tokens/s, \d\d% of prefill saved"
+    assert re.search(bar, done.stderr), done.stderr

@@ -37,6 +37,14 @@ from t2s_pref import SamplingSettings, UserError
         ("top_p", math.nan, "above 0 and at most 1"),
         ("top_p", math.inf, "above 0 and at most 1"),
         ("top_p", True, "a number"),
+        ("top_k", -1, "0 (off) or more"),
+        ("top_k", 1.5, "an integer"),
+        ("repetition_penalty", 0, "a positive number (1 = off)"),
+        ("repetition_penalty", math.nan, "a positive number (1 = off)"),
+        ("repetition_penalty", "1", "a number"),
+        ("stop", ("",), "texts of one character or more"),
+        ("stop", (3,), "texts of one character or more"),
+        ("stop", 3, "texts of one character or more"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused_with_its_name_and_what_is_allowed(name, value, expected):
@@ -71,6 +79,9 @@ def test_the_defaults_are_those_of_the_source_recipe():
         "max_new_tokens": 4096,
         "temperature": 0.7,
         "top_p": 0.9,
+        "top_k": 0,
+        "repetition_penalty": 1.0,
+        "stop": (),
         "enable_thinking": False,
     }
 

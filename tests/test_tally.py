@@ -229,7 +229,7 @@ def test_a_cached_run_has_the_same_summary_and_names_its_model(rows, cache_dir, 
     assert str(second) == str(first)
     assert second == first
     assert first.candidates == 8
-    model = f"generate_rejected: {tiny_model}, no adapter"
+    model = f"generate_rejected: {tiny_model}, no adapter; prompts' common beginnings held once"
     assert first.notes == (*rows.info.description.splitlines(), model, UNPROVEN)
     assert str(first).startswith("load_sft: ")
 

@@ -1,0 +1,410 @@
+"""A vLLM server as an engine: it samples there, over the OpenAI-compatible HTTP interface; all else stays as it is.
+
+The client is http.client, because huggingface_hub brings httpx in some versions and httpx2 in others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import logging
+import queue
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from t2s_pref.errors import UserError, one_line
+from t2s_pref.files import looks_local
+from t2s_pref.protocol import Answer, Request, Sampled, Work
+from t2s_pref.settings import SamplingSettings
+from t2s_pref.weights import Source, find_model, hash_parts, remembered_hashes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Tries for an answer, about a minute in all, and for what is asked first, where a wrong URL is likelier; the seconds
+# before a second try, doubled each time up to the longest; the statuses that another try may not meet.
+TRIES, FIRST_TRIES = 8, 3
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+PASSING = {408, 429, 500, 502, 503, 504}
+# Seconds to connect, and for an answer, which may stand in the server's queue for long. A server that is gone without
+# a word is noticed by keep-alive, after some two minutes.
+CONNECT, ANSWER = 10.0, 3600.0
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class EndpointEngine:
+    """Samples from a model that a vLLM server serves: prompts go there as token ids, each candidate in a request.
+
+    A server does not tell what its weights are. Samples are kept under the served name, its `root` and its `parent`,
+    not under the URL: name a `model_version` where weights of the same name may change, or old samples are served for
+    new weights. An answer depends on its seed and, by rounding, on what the server decodes beside it. Of the model's
+    `generation_config` there, the end tokens take effect, and a cap on the answer's length, which is warned about.
+
+    Args:
+        url (`str`): The server's address: `http://localhost:8000`, with `/v1` or without.
+        model (`str`, *optional*): The served name, a LoRA's too; without it, the only one that the server lists.
+        tokenizer (`str`, *optional*): Folder or Hub id of the model whose chat template and token ids are used;
+            without it, the `root` that the server lists for the model, or for a LoRA's parent.
+        model_version (`str`, *optional*): What you call the weights that are served now.
+        api_key (`str`, *optional*): What the server was started with as `--api-key`.
+        parallel (`int`, *optional*, defaults to `32`): Requests under way at a time.
+
+    Raises:
+        [`UserError`]: on a value that is not allowed; on first use, where the server cannot be reached, does not serve
+            the model, or the tokenizer is not found here.
+    """
+
+    device, whole_batches, ceiling = "cpu", False, float("inf")
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        model_version: str | None = None,
+        api_key: str | None = None,
+        parallel: int = 32,
+    ) -> None:
+        if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
+            raise UserError(f"parallel is {parallel!r}; it must be an integer of 1 or more.")
+        self.url, self._api_key = _base(url), (api_key or "").strip()
+        if not (self._api_key.isascii() and self._api_key.isprintable()):
+            raise UserError("api_key has a character that no HTTP header may have; give the key and nothing else.")
+        self.model, self.tokenizer, self.model_version = model, tokenizer, model_version
+        self.parallel, self.work = parallel, Work()
+        self._source: Source | None = None
+        self._warned = False
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    def identity(self, memo: Path) -> dict[str, Any]:
+        """What is known of the served model, and the content of its tokenizer: a part of every cache key."""
+        self.__dict__.pop("_cards", None)  # asked anew each time: another model may be served by now
+        before, self._source = self._source, self._find_tokenizer(memo)
+        if before != self._source:
+            self.__dict__.pop("_tokenizer", None)
+        return {
+            "endpoint_model": self._card["id"],
+            "root": self._card.get("root"),
+            "parent": self._card.get("parent"),
+            "base_root": self._base_card.get("root"),
+            "model_version": self.model_version,
+            "tokenizer": self._source.identity,
+            "context_length": self.context_length,  # the server's choice, and it caps answers
+        }
+
+    def describe(self) -> str:
+        """One line on model and server, for people."""
+        parent = f" on {self._card['parent']}" if self._card.get("parent") else ""
+        return f"{self._card['id']}{parent}{f' ({self.model_version})' if self.model_version else ''} at {self.url}"
+
+    def method(self) -> str:
+        """A few words on what decodes there."""
+        with suppress(UserError):
+            if self._card.get("owned_by") == "vllm":
+                return f"vLLM {self._get('/version', lambda answered: answered['version'])} at an endpoint"
+        return "at an endpoint"
+
+    @cached_property
+    def _cards(self) -> dict[str, dict[str, Any]]:
+        """What the server lists, by name."""
+        return self._get("/v1/models", lambda answered: {card["id"]: card for card in answered["data"]})
+
+    @property
+    def _card(self) -> dict[str, Any]:
+        if (self.model or "") not in self._cards and (self.model or len(self._cards) != 1):
+            what = f"does not serve {self.model!r}" if self.model else f"serves {len(self._cards)} models"
+            raise UserError(f"{self.url} {what}; pass one of these as model=: {', '.join(self._cards) or 'none'}.")
+        return self._cards[self.model or next(iter(self._cards))]
+
+    @property
+    def _base_card(self) -> dict[str, Any]:
+        """The same of a LoRA's base model, whose served name is the LoRA's parent."""
+        parent = self._card.get("parent")
+        return self._cards.get(parent, {"root": parent}) if parent else self._card
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of prompt and answer together, `None` where the server names no limit."""
+        return self._card.get("max_model_len") or self._base_card.get("max_model_len")
+
+    def token_budget(self) -> int:
+        """Tokens that a batch may hold: many, for the server shares out its own memory."""
+        return 1 << 20
+
+    def holds_once(self) -> bool:
+        """Whether keys and values that sequences have in common are held once: vLLM caches prefixes."""
+        return True
+
+    def rest(self) -> None:
+        """Nothing is held between runs."""
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+
+    def _find_tokenizer(self, memo: Path | None) -> Source:
+        name = self.tokenizer or self._base_card.get("root") or self._card["id"]
+        if looks_local(name):  # weights beside it are not what is served, or the server's matter
+            folder = Path(name).expanduser()
+            files = sorted(f for f in folder.glob("[!.]*") if f.is_file() and not f.name.endswith(WEIGHTS))
+            if hashes := remembered_hashes(files, memo):
+                return Source(str(folder), None, hash_parts(f"{f.name}\0{hashes[f]}".encode() for f in files))
+            raise UserError(
+                f"{name!r} is no folder with a tokenizer on this machine; pass tokenizer=, one or a Hub id."
+            )
+        try:
+            return find_model(name, None, memo)
+        except UserError as error:
+            raise UserError(f"{error} Pass tokenizer=, the folder or Hub id of {self._card['id']!r}.") from error
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        source = self._source or self._find_tokenizer(None)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.name, revision=source.revision)
+        except Exception as error:  # each file format fails in its own way
+            raise UserError(f"The tokenizer of {source.name!r} cannot be loaded: {one_line(error)}") from error
+        # transformers makes up a tokenizer without words where there is none
+        if not (tokenizer("SELECT", add_special_tokens=False)["input_ids"] and tokenizer.chat_template):
+            raise UserError(f"{source.name!r} lacks a tokenizer or its chat template; pass an instruct model's.")
+        return tokenizer
+
+    def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
+        """Token ids of each chat under the model's own template, up to where the answer begins."""
+        tokenizer = self._tokenizer
+        try:
+            return tokenizer.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=enable_thinking
+            )
+        except Exception as error:  # templates raise jinja's errors, e.g. for roles that they refuse
+            name = tokenizer.name_or_path
+            raise UserError(f"The chat template of {name!r} refuses a row: {one_line(error)}") from error
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        """How many tokens each text has."""
+        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def sample(self, requests: Sequence[Request], settings: SamplingSettings, budget: int = 0) -> Iterator[Sampled]:
+        """Every candidate of the requests, once, in the order in which they end; `budget` is the server's own matter.
+
+        Raises:
+            [`UserError`]: where the server refuses a request or fails for a minute, after all that it has answered.
+        """
+        hidden = _hidden(self._tokenizer)
+        shared = {
+            "model": self._card["id"],
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or -1,  # off is -1 in every version, 0 only in later ones
+            "min_p": 0.0,
+            "repetition_penalty": settings.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop": list(settings.stop),
+            "skip_special_tokens": not hidden,
+            "spaces_between_special_tokens": False,
+        }
+        jobs: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        for place, request in enumerate(requests):
+            for number in request.candidates:  # one after the other, so that they meet in the server's prefix cache
+                jobs.put((place, number))
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stopping = threading.Event()  # nothing begins any more, and nothing is tried again
+        lines = [_Line(self.url, self._api_key, stopping) for _ in range(min(self.parallel, jobs.qsize()))]
+
+        def work(line: _Line) -> None:
+            try:
+                while not stopping.is_set():
+                    place, number = jobs.get_nowait()
+                    request = requests[place]
+                    own = {"prompt": list(request.prompt), "seed": _seed(request.row_seed, number)}
+                    body = {**shared, **own, "max_tokens": request.cap}
+                    done.put((place, number, line.ask("/v1/completions", body, TRIES, partial(_read, request, hidden))))
+            except queue.Empty:
+                pass
+            except BaseException as error:
+                done.put(error)
+                stopping.set()
+            finally:
+                line.close()
+                done.put(None)
+
+        failures: list[BaseException] = []
+        try:
+            for line in lines:
+                threading.Thread(target=work, args=(line,), name="endpoint", daemon=True).start()
+            working = len(lines)
+            while working:
+                one = done.get()
+                if one is None:
+                    working -= 1
+                elif isinstance(one, BaseException):
+                    failures.append(one)
+                else:
+                    place, number, (answer, cached) = one
+                    self._count(requests[place], answer, cached)
+                    yield Sampled(place, number, answer)
+        finally:  # also where the caller has had enough: the server drops what nobody waits for
+            stopping.set()
+            for line in lines:
+                line.cut()
+        if failures:
+            raise failures[0]
+
+    def _count(self, request: Request, answer: Answer, cached: int) -> None:
+        self.work.prompt_asked += len(request.prompt)
+        self.work.prompt_computed += len(request.prompt) - cached
+        self.work.generated += answer.tokens
+        if not answer.ended and answer.tokens < request.cap and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s cuts answers after %d tokens where %d were asked for; start vLLM with --generation-config vllm.",
+                *(self.url, answer.tokens, request.cap),
+            )
+
+    def _get(self, path: str, read: Callable[[Any], Any]) -> Any:
+        with closing(_Line(self.url, self._api_key, threading.Event())) as line:
+            return line.ask(path, None, FIRST_TRIES, read)
+
+
+def _base(url: str) -> str:
+    """The server's address without `/v1`."""
+    with suppress(ValueError):  # of a port that is no number
+        parts = urlsplit(url.strip())
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
+            return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
+    shown = "of that form" if "@" in url else repr(url)
+    raise UserError(f"url is {shown}; it must be like http://localhost:8000/v1, and a key goes into api_key=.")
+
+
+def _seed(row_seed: int, candidate: int) -> int:
+    """The seed of one candidate, of 63 bits: vLLM takes 64 with a sign, and -1 as none."""
+    digest = hashlib.blake2b(f"{row_seed}|{candidate}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _hidden(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Special tokens to be taken out here: all but the think tags where they are special too, else none.
+
+    The server would leave out think tags with the others, and thoughts could not be told from the answer.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= set(tokenizer.all_special_tokens)
+    tags = {"<think>", "</think>"}
+    return special - tags if special & tags else set()
+
+
+def _read(request: Request, hidden: set[str], answered: Any) -> tuple[Answer, int]:
+    """An answer, and how many tokens of its prompt the server had in its cache."""
+    choice, usage = answered["choices"][0], answered["usage"]
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise _PassingError(f"ended an answer with {choice['finish_reason']!r}")
+    if usage["prompt_tokens"] != len(request.prompt):
+        raise UserError(
+            f"The server read {usage['prompt_tokens']} tokens where a prompt of {len(request.prompt)} was sent; use "
+            "one that takes token ids as they are, as vLLM does."
+        )
+    text = choice["text"]
+    for token in hidden:
+        text = text.replace(token, "")
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Answer(text, usage["completion_tokens"], choice["finish_reason"] == "stop"), cached
+
+
+# -- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+class _PassingError(Exception):
+    """What another try may not meet."""
+
+
+class _Line:
+    """One connection to the server, used for a request after the other; another thread may cut it."""
+
+    def __init__(self, url: str, api_key: str, stopping: threading.Event) -> None:
+        parts = urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self.connection = kind(parts.hostname, parts.port, timeout=CONNECT)
+        self.url, self.prefix, self.stopping = url, parts.path, stopping
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+
+    def ask(self, path: str, body: dict[str, Any] | None, tries: int, read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of the server's answer; what may pass is tried again.
+
+        Raises:
+            [`UserError`]: where the server refuses the request, answers something else, or no try succeeds.
+        """
+        for number in range(tries):
+            try:
+                return read(self._once(path, body))
+            except (_PassingError, OSError, http.client.HTTPException, UnicodeError) as error:
+                self.close()  # the rest of a broken answer must not begin the next
+                what = str(error) if isinstance(error, _PassingError) else f"failed ({one_line(error)})"
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.5)
+                if number + 1 == tries or self.stopping.wait(pause):
+                    break
+            except (LookupError, TypeError, AttributeError) as error:
+                raise UserError(f"{self.url}{path} does not answer as vLLM does; check the URL.") from error
+        raise UserError(
+            f"{self.url}{path} {what} at try {number + 1} of {tries}; see that the server runs, then run again: what "
+            "was sampled is kept."
+        )
+
+    def _once(self, path: str, body: dict[str, Any] | None) -> Any:
+        if self.connection.sock is None:
+            self.connection.connect()
+            self.connection.sock.settimeout(ANSWER)
+            self.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in KEEP_ALIVE.items():
+                if hasattr(socket, name):
+                    self.connection.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if self.stopping.is_set():  # asked once there is a socket to cut, so that no request slips through
+            raise _PassingError("was not asked")
+        data = None if body is None else json.dumps(body).encode()
+        self.connection.request("GET" if data is None else "POST", self.prefix + path, data, self.headers)
+        response = self.connection.getresponse()
+        status, text = response.status, response.read().decode(errors="replace")
+        if status == 200:
+            with suppress(ValueError):
+                return json.loads(text)
+        said = f"answered {status}: {_message(text)}"
+        if status in PASSING:
+            raise _PassingError(said)
+        hints = {400: "mend that", 401: "check api_key=", 403: "check api_key="}
+        hint = hints.get(status, "check the URL")
+        raise UserError(f"{self.url}{path} {said.rstrip('.')}; {hint}, then run again: what was sampled is kept.")
+
+    def cut(self) -> None:
+        """End what another thread waits for."""
+        if (waiting := self.connection.sock) is not None:
+            with suppress(OSError):
+                waiting.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def _message(text: str) -> str:
+    """What an error's body says, in one line: vLLM's, FastAPI's, or a proxy's page."""
+    with suppress(ValueError, AttributeError):
+        error = json.loads(text)
+        error = error.get("error", error)
+        text = error if isinstance(error, str) else str(error.get("message") or error.get("detail") or error)
+    return " ".join(text.split())[:300] or "nothing"
