@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, candidates: int, desc: str, work: Work) -> None:
         self.rows = 0
         self._work, self._before, self._start = work, replace(work), time.perf_counter()
-        self._bar = tqdm(total=candidates, desc=desc, unit=" candidates", disable=ranks.rank() > 0 or None)
+        self._bar = tqdm(total=candidates, desc=desc, unit=" candidates", disable=ranks.rank() > 0)
 
     def __enter__(self) -> "Progress":
         return self
