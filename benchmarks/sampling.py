@@ -6,7 +6,7 @@ Rows come in groups that share the first `--prefix` tokens of their prompts, as 
 schema; `--prefix 0` makes rows that share nothing, of `--alone` tokens. All methods draw the same number of tokens: the
 lengths are given, no token ends an answer. `--model` is `bundled`, `random` (a Qwen3 of random weights with the
 vocabulary of the real ones, see `--hidden` and `--layers`) or a folder. `--vllm` is the address of a vLLM server that
-serves the same model; `--save` writes the random model to a folder, for a server to load.
+serves the same model, from an environment of its own; `--save` writes the random model to a folder for it, and ends.
 
 - row by row: `generate(num_return_sequences=k)` for each row, as scripts usually do it;
 - batched: the same for `--batch` rows at a time, padded on the left;
@@ -20,6 +20,7 @@ the shared cache once for each step of the longest answer at the measured speed 
 
 import argparse
 import json
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -29,7 +30,9 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from t2s_pref import demo_files
 from t2s_pref.choice import Sampling
@@ -101,8 +104,10 @@ def make_model(arguments: argparse.Namespace) -> torch.nn.Module:
     else:
         folder = demo_files().model if arguments.model == "bundled" else arguments.model
         model = AutoModelForCausalLM.from_pretrained(folder)
-    if arguments.save:
-        model.to(torch.float32).save_pretrained(arguments.save)
+    if arguments.save:  # a server wants a tokenizer too: a word for each token
+        model.to(getattr(torch, arguments.dtype)).save_pretrained(arguments.save)
+        words = Tokenizer(WordLevel({f"t{token}": token for token in range(model.config.vocab_size)}, "t0"))
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(arguments.save)
     model.generation_config.eos_token_id = None
     return model.to(arguments.device, dtype).eval()
 
@@ -277,6 +282,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = make_model(arguments)
+    if arguments.save:
+        print(f"wrote {arguments.save}")
+        return
     rows = make_rows(arguments, model.config.vocab_size)
     method = method_of(model)
     methods: dict[str, Callable[[], Work]] = {"row by row": lambda: row_by_row(model, rows)}
@@ -301,6 +309,7 @@ def main() -> None:
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
+            print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
     least = floor(model, rows)
     token = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
     print(

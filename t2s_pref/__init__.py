@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t2s_pref.accuracy import Evaluation, evaluate
     from t2s_pref.audit import Audit, audit_golds
+    from t2s_pref.continuous import ContinuousEngine
     from t2s_pref.demo import demo_files
+    from t2s_pref.endpoint import EndpointEngine
     from t2s_pref.engines import TransformersEngine
     from t2s_pref.errors import UserError
     from t2s_pref.generate import generate_rejected
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 __all__ = [
     "WRONG",
     "Audit",
+    "ContinuousEngine",
+    "EndpointEngine",
     "Evaluation",
     "SamplingSettings",
     "Summary",
@@ -56,6 +60,8 @@ __all__ = [
 _HOME = {
     "WRONG": "verdicts",
     "Audit": "audit",
+    "ContinuousEngine": "continuous",
+    "EndpointEngine": "endpoint",
     "Evaluation": "accuracy",
     "SamplingSettings": "settings",
     "Summary": "tally",

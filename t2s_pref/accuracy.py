@@ -24,6 +24,7 @@ from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
 from t2s_pref.generate import generate_rejected
 from t2s_pref.pool import Bounds, Job, Task, WorkerPool
+from t2s_pref.protocol import Engine
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT, SamplingSettings
 from t2s_pref.trees import without_distinct
 from t2s_pref.verdicts import GOLD_USABLE, VERDICTS
@@ -82,7 +83,7 @@ class Evaluation:
 
 def evaluate(
     dataset: Dataset,
-    engine: TransformersEngine | str,
+    engine: Engine | str,
     databases: DatabasesLike,
     settings: SamplingSettings | None = None,
     *,

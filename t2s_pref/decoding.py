@@ -205,10 +205,12 @@ class _Batch:
                 self.queue[0] = (place, rest)
             else:
                 self.queue.popleft()
+        before = len(self.live)
         try:
             self._read(shared, entering)
-        except BaseException:
-            self.queue.extendleft(reversed(entering))  # a row may now wait in two pieces
+        except (RuntimeError, MemoryError):
+            if len(self.live) == before:  # else they have entered, and leave as those before them
+                self.queue.extendleft(reversed(entering))  # a row may now wait in two pieces
             raise
 
     def _read(self, shared: tuple[int, ...], entering: list[tuple[int, list[int]]]) -> None:
@@ -403,9 +405,9 @@ class _Batch:
         """After memory has ended: half as many sequences, those in the slots from their beginning; how many tokens the
         batch may hold from now on."""
         attempted = min(self.slots, self.limit)
-        if self.live:
-            self.queue.extendleft((live.place, [live.candidate]) for live in reversed(self.live))
-            self.live = []
+        # what has ended is handed over already
+        self.queue.extendleft((live.place, [live.candidate]) for live in reversed(self.live) if live.ended is None)
+        self.live = []
         self.clear()
         self.stalled = []
         self.decoder.beginnings.shrink(0)

@@ -1,17 +1,10 @@
-"""A vLLM server as an engine: it samples there, over the OpenAI-compatible HTTP interface; all else stays as it is.
-
-The client is http.client, because huggingface_hub brings httpx in some versions and httpx2 in others.
-"""
+"""A vLLM server as an engine: it samples there, over the OpenAI-compatible HTTP interface; all else stays as it is."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
-import json
 import logging
 import queue
-import random
-import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -25,21 +18,14 @@ from t2s_pref.files import looks_local
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import SamplingSettings
 from t2s_pref.weights import Source, find_model, hash_parts, remembered_hashes
+from t2s_pref.wire import FIRST_TRIES, TRIES, Line, PassingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-# Tries for an answer, about a minute in all, and for what is asked first, where a wrong URL is likelier; the seconds
-# before a second try, doubled each time up to the longest; the statuses that another try may not meet.
-TRIES, FIRST_TRIES = 8, 3
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
-PASSING = {408, 429, 500, 502, 503, 504}
-# Seconds to connect, and for an answer, which may stand in the server's queue for long. A server that is gone without
-# a word is noticed by keep-alive, after some two minutes.
-CONNECT, ANSWER = 10.0, 3600.0
-KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+# Files beside a tokenizer that decide nothing here.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -225,9 +211,9 @@ class EndpointEngine:
                 jobs.put((place, number))
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopping = threading.Event()  # nothing begins any more, and nothing is tried again
-        lines = [_Line(self.url, self._api_key, stopping) for _ in range(min(self.parallel, jobs.qsize()))]
+        lines = [Line(self.url, self._api_key, stopping) for _ in range(min(self.parallel, jobs.qsize()))]
 
-        def work(line: _Line) -> None:
+        def work(line: Line) -> None:
             try:
                 while not stopping.is_set():
                     place, number = jobs.get_nowait()
@@ -278,7 +264,7 @@ class EndpointEngine:
             )
 
     def _get(self, path: str, read: Callable[[Any], Any]) -> Any:
-        with closing(_Line(self.url, self._api_key, threading.Event())) as line:
+        with closing(Line(self.url, self._api_key, threading.Event())) as line:
             return line.ask(path, None, FIRST_TRIES, read)
 
 
@@ -313,7 +299,7 @@ def _read(request: Request, hidden: set[str], answered: Any) -> tuple[Answer, in
     """An answer, and how many tokens of its prompt the server had in its cache."""
     choice, usage = answered["choices"][0], answered["usage"]
     if choice["finish_reason"] not in ("stop", "length"):
-        raise _PassingError(f"ended an answer with {choice['finish_reason']!r}")
+        raise PassingError(f"ended an answer with {choice['finish_reason']!r}")
     if usage["prompt_tokens"] != len(request.prompt):
         raise UserError(
             f"The server read {usage['prompt_tokens']} tokens where a prompt of {len(request.prompt)} was sent; use "
@@ -324,87 +310,3 @@ def _read(request: Request, hidden: set[str], answered: Any) -> tuple[Answer, in
         text = text.replace(token, "")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return Answer(text, usage["completion_tokens"], choice["finish_reason"] == "stop"), cached
-
-
-# -- HTTP ------------------------------------------------------------------------------------------------------------
-
-
-class _PassingError(Exception):
-    """What another try may not meet."""
-
-
-class _Line:
-    """One connection to the server, used for a request after the other; another thread may cut it."""
-
-    def __init__(self, url: str, api_key: str, stopping: threading.Event) -> None:
-        parts = urlsplit(url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connection = kind(parts.hostname, parts.port, timeout=CONNECT)
-        self.url, self.prefix, self.stopping = url, parts.path, stopping
-        self.headers = {"Content-Type": "application/json"}
-        if api_key:
-            self.headers["Authorization"] = f"Bearer {api_key}"
-
-    def ask(self, path: str, body: dict[str, Any] | None, tries: int, read: Callable[[Any], Any]) -> Any:
-        """What `read` makes of the server's answer; what may pass is tried again.
-
-        Raises:
-            [`UserError`]: where the server refuses the request, answers something else, or no try succeeds.
-        """
-        for number in range(tries):
-            try:
-                return read(self._once(path, body))
-            except (_PassingError, OSError, http.client.HTTPException, UnicodeError) as error:
-                self.close()  # the rest of a broken answer must not begin the next
-                what = str(error) if isinstance(error, _PassingError) else f"failed ({one_line(error)})"
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.5)
-                if number + 1 == tries or self.stopping.wait(pause):
-                    break
-            except (LookupError, TypeError, AttributeError) as error:
-                raise UserError(f"{self.url}{path} does not answer as vLLM does; check the URL.") from error
-        raise UserError(
-            f"{self.url}{path} {what} at try {number + 1} of {tries}; see that the server runs, then run again: what "
-            "was sampled is kept."
-        )
-
-    def _once(self, path: str, body: dict[str, Any] | None) -> Any:
-        if self.connection.sock is None:
-            self.connection.connect()
-            self.connection.sock.settimeout(ANSWER)
-            self.connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in KEEP_ALIVE.items():
-                if hasattr(socket, name):
-                    self.connection.sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        if self.stopping.is_set():  # asked once there is a socket to cut, so that no request slips through
-            raise _PassingError("was not asked")
-        data = None if body is None else json.dumps(body).encode()
-        self.connection.request("GET" if data is None else "POST", self.prefix + path, data, self.headers)
-        response = self.connection.getresponse()
-        status, text = response.status, response.read().decode(errors="replace")
-        if status == 200:
-            with suppress(ValueError):
-                return json.loads(text)
-        said = f"answered {status}: {_message(text)}"
-        if status in PASSING:
-            raise _PassingError(said)
-        hints = {400: "mend that", 401: "check api_key=", 403: "check api_key="}
-        hint = hints.get(status, "check the URL")
-        raise UserError(f"{self.url}{path} {said.rstrip('.')}; {hint}, then run again: what was sampled is kept.")
-
-    def cut(self) -> None:
-        """End what another thread waits for."""
-        if (waiting := self.connection.sock) is not None:
-            with suppress(OSError):
-                waiting.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.connection.close()
-
-
-def _message(text: str) -> str:
-    """What an error's body says, in one line: vLLM's, FastAPI's, or a proxy's page."""
-    with suppress(ValueError, AttributeError):
-        error = json.loads(text)
-        error = error.get("error", error)
-        text = error if isinstance(error, str) else str(error.get("message") or error.get("detail") or error)
-    return " ".join(text.split())[:300] or "nothing"

@@ -153,8 +153,9 @@ class TransformersEngine:
     @property
     def whole_batches(self) -> bool:
         """In float32 an answer is the same whatever it is decoded together with, so each can be recorded by itself."""
-        dtype = str(self._in_hand.dtype)[6:] if self._in_hand is not None else self._resolve()[1]
-        return dtype != "float32"
+        from t2s_pref.methods import is_exact
+
+        return not is_exact(self._load().model)
 
     @property
     def context_length(self) -> int | None:

@@ -78,17 +78,26 @@ def method_of(model: PreTrainedModel) -> str:
                 raise
             logger.warning("%s: %s does not work here (%s).", type(model).__name__, WORDS[method], one_line(error))
             continue
-        if found <= (EXACT if model.dtype == torch.float32 else ROUNDED):
+        if found <= (EXACT if is_exact(model) else ROUNDED):
             return method
         logger.warning("%s: %s gives other logits (off by %.2g).", type(model).__name__, WORDS[method], found)
     return GENERATE
 
 
+def is_exact(model: PreTrainedModel) -> bool:
+    """Whether logits are the same whatever is computed beside them, but for the last bits of float32."""
+    return model.dtype == torch.float32 and not getattr(base_of(model), "is_quantized", False)
+
+
 def _plain_attention(model: PreTrainedModel) -> bool:
-    """Whether every layer keeps all keys and values of all tokens, and nothing else."""
+    """Whether every layer keeps all keys and values of all tokens and nothing else, each by its own position alone."""
     if not all(forward_takes(model, name) for name in ("past_key_values", "position_ids", "attention_mask")):
         return False
-    layers = DynamicCache(config=base_of(model).config.get_text_config(decoder=True)).layers
+    config = base_of(model).config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # its angles depend on the longest sequence of a batch
+        return False
+    layers = DynamicCache(config=config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 
 from t2s_pref import SamplingSettings, TransformersEngine, UserError, demo_files, load_sft
 from t2s_pref.choice import Sampling, candidate_key, choose
-from t2s_pref.continuous import PAGE, ContinuousEngine, Draw, Wanted, _as_it_was, _decode, _in_order, _quiet
+from t2s_pref.continuous import PAGE, ContinuousEngine, _as_it_was, _decode, _in_order, _quiet
 from t2s_pref.decoding import Ends
 from t2s_pref.protocol import Request, Work
+from t2s_pref.turns import Draw, Wanted
 
 END = 1
 SHAPE = {

@@ -1,20 +1,23 @@
 """What decoding promises: the tokens that each candidate has alone, whatever it is decoded with and in whatever way."""
 
+import random
+from dataclasses import replace
 from functools import cache
 
+import accelerate
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from t2s_pref import choice
+from t2s_pref import choice, demo_files
 from t2s_pref.attention import base_of
 from t2s_pref.choice import Sampling, candidate_key, choose
-from t2s_pref.decoding import Decoder, Ends, OutOfMemoryError, out_of_memory
+from t2s_pref.decoding import Decoder, Ends, OutOfMemoryError, _Batch, out_of_memory
 from t2s_pref.fallback import Generator
-from t2s_pref.kv import Beginnings
-from t2s_pref.methods import COPIED, GENERATE, SHARED, SHARING, difference, method_of
+from t2s_pref.kv import Beginnings, SlotCache
+from t2s_pref.methods import COPIED, GENERATE, SHARED, SHARING, difference, is_exact, method_of
 from t2s_pref.plan import cut_batches
 from t2s_pref.protocol import Request, Work
 
@@ -193,13 +196,16 @@ def test_a_batch_has_the_tokens_that_each_candidate_has_alone(kind):
     assert len({tuple(tokens) for tokens, _ in found.values()}) > len(found) // 2
 
 
-@pytest.mark.parametrize("kind", MODELS[SHARED])
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.filterwarnings("ignore")  # of peft, about what is made here
 def test_a_batch_under_a_lora_adapter_has_the_tokens_that_each_candidate_has_alone(kind):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(MODELS[SHARED][kind]())
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    assert method_of(model) == SHARED
-    found = draw(Decoder(model, True), requests_of())
+    method = METHODS[kind]
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[method][kind]())
+    where = ["in_proj"] if kind == "mamba2" else "all-linear"  # peft refuses its others
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=where, init_lora_weights=False)).eval()
+    assert method_of(model) == method
+    found = draw(drawer_of(model, method), requests_of(once=method == SHARED))
     assert found == row_by_row(model)
     assert found != alone(kind)
 
@@ -373,6 +379,14 @@ def test_a_model_that_goes_around_the_attention_interface_is_found_out(monkeypat
     assert "gives other logits" in caplog.text
 
 
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_sequence_of_a_batch_keep_prompts_apart(rope):
+    more = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 256}
+    rope = {"rope_type": rope, "factor": 2.0, "rope_theta": 10000.0, **(more if rope == "longrope" else {})}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE, rope_parameters=rope))
+    assert method_of(model.eval()) == GENERATE
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_moe", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_logits_are_those_of_a_forward_pass_to_within_its_rounding(kind, dtype):
@@ -380,6 +394,31 @@ def test_in_half_precision_logits_are_those_of_a_forward_pass_to_within_its_roun
     for method in (SHARED, COPIED) if METHODS[kind] == SHARED else (COPIED,):
         assert difference(model, method) < (0.05 if dtype == torch.bfloat16 else 0.01)
     assert method_of(model) == METHODS[kind]
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+def test_layers_that_lie_elsewhere_are_decoded_as_if_they_were_here(method, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[SHARED]["qwen3"]()).eval()
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    rest = dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = accelerate.dispatch_model(model, {**where, **rest}, main_device="cpu", offload_dir=tmp_path)
+    assert draw(drawer_of(model, method), requests_of(once=method == SHARED)) == alone("qwen3")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about casts
+def test_a_model_quantised_by_bitsandbytes_shares_and_is_recorded_in_whole_batches(bits):
+    pytest.importorskip("bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        demo_files().model, quantization_config=config, device_map={"": "cpu"}
+    ).eval()
+    assert method_of(model) == SHARED
+    assert difference(model, SHARED) < 0.1
+    assert not is_exact(model)
+    found = draw(Decoder(model, True), requests_of(), Sampling(0.7, 0.9))
+    assert len(found) == 2 * len(prompts())
 
 
 class HostReads(TorchDispatchMode):
@@ -450,6 +489,44 @@ def test_where_memory_ends_fewer_are_drawn_at_a_time_and_they_are_the_same(metho
     finally:
         hook.remove()
     assert 0 < drawer.ceiling < LARGE
+
+
+@pytest.mark.parametrize("method", [SHARED, COPIED])
+@pytest.mark.parametrize("seed", range(4))
+def test_memory_may_end_anywhere_and_no_candidate_is_lost_or_drawn_twice(method, seed, monkeypatch):
+    chance, left = random.Random(seed), [4]  # from 28 sequences at a time down to one
+
+    def failing(what):
+        def maybe(*args, **kwargs):
+            if left[0] and chance.random() < 0.06:
+                left[0] -= 1
+                raise MemoryError
+            return what(*args, **kwargs)
+
+        return maybe
+
+    for owner, name in (
+        (SlotCache, "move"),
+        (SlotCache, "write"),
+        (SlotCache, "grow"),
+        (_Batch, "_choose"),
+        (_Batch, "_close"),
+        (_Batch, "_empty"),
+    ):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    rows = prompts() * 2
+    decoder = drawer_of(model_of("qwen3"), method)
+    batches = [
+        [replace(request, row_seed=request.row_seed % 7000) for request in batch]
+        for batch in requests_of(once=method == SHARED, rows=rows)
+    ]
+    found = {}
+    for batch in batches:
+        for drawn in decoder.draw(batch, SAMPLING, Ends(frozenset([END])), LARGE):
+            assert (id(batch), drawn.place, drawn.candidate) not in found
+            found[id(batch), drawn.place, drawn.candidate] = None
+            assert alone("qwen3")[batch[drawn.place].row_seed, drawn.candidate] == (drawn.tokens, drawn.ended)
+    assert len(found) == 2 * len(rows)
 
 
 @pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])

@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 from vllm_server import LEAKS, VllmServer
 
-from t2s_pref import SamplingSettings, TransformersEngine, UserError, demo_files, endpoint, generate_rejected
+from t2s_pref import SamplingSettings, TransformersEngine, UserError, demo_files, endpoint, generate_rejected, wire
 from t2s_pref.endpoint import EndpointEngine
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
 from t2s_pref.protocol import Request
@@ -28,8 +28,8 @@ def started():
 @pytest.fixture
 def server(started, monkeypatch):
     """The server as it was at its start, and a client that waits a tenth of a second for the third try."""
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(endpoint, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(wire, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(wire, "LONGEST_PAUSE", 0.1)
     fresh = VllmServer.__dataclass_fields__
     for name in ("loras", "root", "api_key", "owned_by", "context", "limit", "connections", "most", "abandoned"):
         setattr(started, name, fresh[name].default)
@@ -286,8 +286,8 @@ def test_a_caller_who_has_enough_ends_what_is_under_way_at_once(server, requests
 
 
 def test_a_caller_who_has_enough_waits_for_no_further_try(server, requests, monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 60)
-    monkeypatch.setattr(endpoint, "LONGEST_PAUSE", 60)
+    monkeypatch.setattr(wire, "FIRST_PAUSE", 60)
+    monkeypatch.setattr(wire, "LONGEST_PAUSE", 60)
     first = endpoint._seed(requests[0].row_seed, 0)
     server.fail(503, where=lambda body: body["seed"] != first)
     with closing(EndpointEngine(server.url, parallel=4).sample(requests, SETTINGS)) as sampled:
@@ -299,7 +299,7 @@ def test_a_caller_who_has_enough_waits_for_no_further_try(server, requests, monk
 
 
 def test_an_unreachable_server_is_one_line(memo, monkeypatch):
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(wire, "FIRST_PAUSE", 0.02)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import save_adapter, save_model, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, Mamba2ForCausalLM, Qwen3MoeConfig
 
-from t2s_pref import TransformersEngine, UserError, release_models
+from t2s_pref import TransformersEngine, UserError, demo_files, generate_rejected, release_models
 from t2s_pref.engines import _text_of
 
 
@@ -473,3 +474,51 @@ def test_an_answers_white_space_is_what_the_model_wrote(tiny_model):
 def test_the_settings_of_these_tests_sample_and_do_not_only_rank(base_answers):
     assert SETTINGS.temperature > 0
     assert len({text for row in base_answers for text in row}) == 6
+
+
+# -- where an answer ends --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_ends_before_a_stop_text_and_is_the_same_up_to_there(tiny_model, base_answers, memo):
+    whole = base_answers[0][0]
+    stop = whole[3:5]
+    stopped = candidates(on_cpu(tiny_model), memo, replace(SETTINGS, stop=(stop, "never written")))
+    assert stopped == [[text.partition(stop)[0] for text in row] for row in base_answers]
+    assert stopped != base_answers
+
+
+def test_a_model_that_goes_on_after_its_sql_is_stopped_at_the_semicolon(rows, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(demo_files().model, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(demo_files().model)
+    engine, settings = TransformersEngine(model, tokenizer=tokenizer), replace(SETTINGS, max_new_tokens=64)
+    few = rows.select(range(6))
+    plain = generate_rejected(few, engine, settings, keep_raw=True, cache_dir=tmp_path / "plain")
+    end, semicolon = tokenizer.eos_token_id, tokenizer(";", add_special_tokens=False)["input_ids"][0]
+
+    def chats_on(module, args, logits):  # it writes a semicolon where it would end, and never ends
+        swapped = logits.clone()
+        swapped[..., semicolon], swapped[..., end] = logits[..., end], -100.0
+        return swapped
+
+    hook = model.lm_head.register_forward_hook(chats_on)
+    found = generate_rejected(few, engine, replace(settings, seed=1234), keep_raw=True, cache_dir=tmp_path / "chats")
+    hook.remove()
+    pairs = [
+        pair
+        for rows_ in zip(plain, found, strict=True)
+        for pair in zip(*(r["raw_answers"] for r in rows_), strict=True)
+    ]
+    same = [(before, after) for before, after in pairs if after == before + ";"]
+    assert len(same) > 0.8 * len(pairs)  # noise is keyed by token, so a few tokens differ
+    assert all(after.endswith(";") for _, after in pairs)
+    assert {status for row in found["candidate_status"] for status in row} == {"sampled"}
+
+
+def test_a_template_that_opens_the_think_block_is_not_stopped_inside_of_it(changed, memo):
+    folder = changed()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "<think>\n"
+    engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer)
+    (prompt,) = engine.encode_chats([[{"role": "user", "content": "Who?"}]], False)
+    assert engine._stops_for(tokenizer, SETTINGS, prompt)._thinking
+    assert not on_cpu(folder)._stops_for(tokenizer, SETTINGS, prompt[:-8])._thinking
