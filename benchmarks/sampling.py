@@ -223,6 +223,18 @@ def machine(model: torch.nn.Module) -> tuple[float, float]:
     return products, 2 * large.numel() * dtype.itemsize / best(lambda: other.copy_(large))
 
 
+def width_of(model: torch.nn.Module) -> int:
+    """Width of an attention head."""
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def token_bytes(model: torch.nn.Module) -> int:
+    """Bytes of keys and values of a token."""
+    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    return 2 * model.config.num_hidden_layers * heads * width_of(model) * model.dtype.itemsize
+
+
 def floor(model: torch.nn.Module, rows: Rows) -> float:
     """Seconds that the run takes at the least."""
     products, bandwidth = machine(model)
@@ -230,8 +242,8 @@ def floor(model: torch.nn.Module, rows: Rows) -> float:
     linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
     weights = sum(m.weight.numel() for m in linear)
     head = config.vocab_size * config.hidden_size
-    wide = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    wide = config.num_hidden_layers * config.num_attention_heads * width_of(model)
+    token = token_bytes(model)
     ordered = sorted(rows.prompts)
     reading = 2 * weights * rows.nodes() + 2 * head * len(ordered)
     for before, prompt in pairwise([[], *ordered]):
@@ -299,6 +311,7 @@ def main() -> None:
     print(f"{len(rows.prompts)} rows in {arguments.groups} groups, k={rows.k}, {rows.candidates} candidates, ", end="")
     print(f"{rows.k * sum(rows.lengths):,} answer tokens; prompt tokens: {asked:,} asked, {rows.nodes():,} distinct")
 
+    least = floor(model, rows)
     ours(model, rows._replace(prompts=rows.prompts[:1], lengths=[2]), method, arguments.budget)  # what is done once
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     works: dict[str, Work] = {}
@@ -310,8 +323,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
             print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
-    least = floor(model, rows)
-    token = 2 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+    token = token_bytes(model)
     print(
         f"\n{'':22}{'seconds':>9}{'cand./s':>9}{'ratio':>8}{'computed':>10}{'/distinct':>10}{'KV, MB':>9}{'x floor':>9}"
     )
@@ -323,7 +335,7 @@ def main() -> None:
             if work.prompt_computed
             else " " * 20
         )
-        held = f"{work.most_held * token * model.dtype.itemsize / 1e6:>9,.0f}" if work.most_held else " " * 9
+        held = f"{work.most_held * token / 1e6:>9,.0f}" if work.most_held else " " * 9
         print(
             f"{name:22}{middle:>9.1f}{rows.candidates / middle:>9.2f}{ratio:>8.2f}{counted}{held}{middle / least:>9.1f}"
         )

@@ -37,7 +37,6 @@ def sample_share(planned: Dataset, sampler: RejectSampler, desc: str) -> None:
     with Progress(total, desc, sampler.engine.work) as sampler.progress:
         for page in pages.iter(PAGE):
             sampler(page)
-            sampler.progress.rows += len(page[POSITION])
     sampler.progress = None
 
 

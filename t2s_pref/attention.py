@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ class Sharing:
 _step: ContextVar[Sequence[Sharing] | None] = ContextVar("t2s_pref_step", default=None)
 
 
+_switching = RLock()
+
+
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model below an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -45,17 +49,18 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def attention_of(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The model with another attention implementation, put back at the end."""
+    """The model with another attention implementation, put back at the end; one thread at a time has it."""
     base = base_of(model)
-    before = base.config._attn_implementation
-    if before == name:
-        yield
-        return
-    base.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
+    with _switching:
+        before = base.config._attn_implementation
+        if before == name:
+            yield
+            return
+        base.set_attn_implementation(name)
+        try:
+            yield
+        finally:
+            base.set_attn_implementation(before)
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def _settings(args: argparse.Namespace) -> SamplingSettings:
 
 
 def _engine(args: argparse.Namespace) -> Any:
-    if args.endpoint:
+    if args.endpoint is not None:
         from t2s_pref.endpoint import EndpointEngine
 
         for name, default in MODEL_HERE.items():
@@ -178,9 +178,9 @@ def _engine(args: argparse.Namespace) -> Any:
         return EndpointEngine(
             args.endpoint,
             model=args.served_model,
-            tokenizer=None if args.base_model == DEFAULT_MODEL else args.base_model,
+            # the default itself, not a name like it: that was asked for
+            tokenizer=None if args.base_model is DEFAULT_MODEL else args.base_model,
             model_version=args.model_version,
-            api_key=os.environ.get("VLLM_API_KEY"),
         )
     for name in ("served_model", "model_version"):
         if getattr(args, name) is not None:

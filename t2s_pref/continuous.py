@@ -10,15 +10,15 @@ torch and transformers are imported when a function here needs them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2s_pref.engines import TransformersEngine
+from t2s_pref.engines import TransformersEngine, _sampling
 from t2s_pref.errors import UserError, one_line
-from t2s_pref.models import end_tokens, free_cached_memory
+from t2s_pref.models import free_cached_memory
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import SamplingSettings
 
@@ -70,23 +70,23 @@ class ContinuousEngine(TransformersEngine):
         """Whole blocks of prompts' common beginnings are."""
         return True
 
-    def sample(self, requests: Sequence[Request], settings: SamplingSettings, budget: int) -> Iterator[Sampled]:
+    def sample(
+        self, requests: Sequence[Request], settings: SamplingSettings, budget: int
+    ) -> Generator[Sampled, None, None]:
         """Every candidate of the requests, once, in the order in which they end.
 
         Raises:
             [`UserError`]: where a candidate fails, is incomplete, or does not fit into memory alone. What was handed
                 over before is right.
         """
-        from t2s_pref.choice import Sampling, candidate_key
-        from t2s_pref.decoding import Ends, out_of_memory
+        from t2s_pref.choice import candidate_key
+        from t2s_pref.decoding import out_of_memory
         from t2s_pref.turns import Draw, Wanted
 
         if not requests:
             return
-        _, model, tokenizer, *_ = self._load()
-        stops = self._stops_for(tokenizer, settings, requests[0].prompt)
-        ends = Ends(frozenset(end_tokens(model, tokenizer)), stops.watched, stops.over)
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
+        model, stops = self._load().model, self._stops_of(requests, settings)
+        ends, sampling = self._ends(stops), _sampling(settings)
         left = {
             f"{place}/{number}": Wanted(
                 place, number, list(request.prompt), candidate_key(request.row_seed, number), request.cap
@@ -106,7 +106,7 @@ class ContinuousEngine(TransformersEngine):
                     with closing(_decode(model, draw, held, STEP[_has_flash(model)])) as answers:
                         for name, tokens, ended in answers:
                             wanted = left.pop(name)
-                            answer = Answer(stops.text(tokens), len(tokens), ended)
+                            answer = Answer(stops[wanted.place].text(tokens), len(tokens), ended)
                             yield Sampled(wanted.place, wanted.candidate, answer)
                 except FailedError as error:
                     raise UserError(
@@ -249,7 +249,7 @@ def _decode(model: PreTrainedModel, draw: Draw, held: int, step: int) -> Iterato
                 problem = f"stopped after {len(tokens)} of {cap} tokens without an end token"
             else:
                 missing.remove(name)
-                yield name, *_ended(tokens, ends)
+                yield name, *_ended(draw.wanted[name].place, tokens, ends)
                 continue
             manager.stop(hard_stop=True)  # only then is it known what ended it
             fatal = manager.background_thread_status.fatal_error
@@ -269,12 +269,12 @@ def _after_inputs(module: torch.nn.Module, _: Any) -> None:
         torch.cuda.current_stream(module.device).wait_stream(torch.cuda.default_stream(module.device))
 
 
-def _ended(tokens: list[int], ends: Ends) -> tuple[list[int], bool]:
+def _ended(place: int, tokens: list[int], ends: Ends) -> tuple[list[int], bool]:
     """An answer without its end token, and whether it ended before its cap."""
     if tokens[-1] in ends.tokens:
         return tokens[:-1], True
     for count, token in enumerate(tokens, start=1):
-        if token in ends.watched and ends.over(tokens[:count]):
+        if token in ends.watched and ends.over(place, tokens[:count]):
             return tokens[:count], True
     return tokens, False
 

@@ -41,11 +41,12 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends an answer: a token of `tokens`, or, after one of `watched`, that `over` says so of all so far."""
+    """What ends an answer: a token of `tokens`; or, after one of `watched`, that `over` says so of the request's place
+    and of all tokens so far."""
 
     tokens: frozenset[int]
     watched: frozenset[int] = frozenset()
-    over: Callable[[list[int]], bool] = lambda tokens: False
+    over: Callable[[int, list[int]], bool] = lambda place, tokens: False
 
 
 class OutOfMemoryError(Exception):
@@ -110,20 +111,23 @@ class Decoder:
         """
         batch = _Batch(self, requests, sampling, ends, budget)
         try:
-            with self._attention():
-                while batch.pending():
-                    failed = False
-                    try:
-                        batch.advance()
-                    except (RuntimeError, MemoryError) as error:
-                        if not out_of_memory(error):
-                            raise
-                        failed = True
-                    if failed:  # past the handler, whose traceback would keep the failed step's tensors alive
-                        self.ceiling = min(self.ceiling, batch.give_way())
-                    yield from batch.finished()
+            while batch.pending():
+                with self._attention():  # not while the caller has its turn: it may use the model itself
+                    while batch.pending() and not batch.done:
+                        self._advance(batch)
+                yield from batch.finished()
         finally:
             batch.clear()
+
+    def _advance(self, batch: _Batch) -> None:
+        try:
+            batch.advance()
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        # past the handler, whose traceback would keep the failed step's tensors alive
+        self.ceiling = min(self.ceiling, batch.give_way())
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
@@ -141,7 +145,7 @@ class _Batch:
     ) -> None:
         self.decoder, self.requests, self.sampling, self.ends, self.budget = decoder, requests, sampling, ends, budget
         self.device = decoder.device
-        self.queue = deque((place, list(request.candidates)) for place, request in enumerate(requests))
+        self.queue = deque((place, list(each.candidates)) for place, each in enumerate(requests) if each.candidates)
         self.shared = [tuple(request.prompt[: self._shared(request)]) for request in requests]
         self.rests = [
             tuple(request.prompt[len(shared) :]) for request, shared in zip(requests, self.shared, strict=True)
@@ -163,6 +167,7 @@ class _Batch:
         self.stalled: list[int] = []
         self.state: dict[str, torch.Tensor] = {}
         self.sharings: list[Sharing] = []
+        self.entered = self.last_try = False
 
     def _shared(self, request: Request) -> int:
         return max(0, min(request.shared, len(request.prompt) - 1))
@@ -175,7 +180,7 @@ class _Batch:
         """Let those that wait enter where enough slots are free; a stride of steps where not."""
         free = self.slots - len(self.live)
         waiting = sum(len(candidates) for _, candidates in self.queue)
-        if self.queue and free >= min(waiting, max(1, self.slots // 4)):
+        if self.queue and free >= min(waiting, max(len(self._next(self.slots)), self.slots // 4)):
             self._enter(free)
         else:
             self._steps()
@@ -191,25 +196,25 @@ class _Batch:
 
     # -- entering ----------------------------------------------------------------------------------------------------
 
+    def _next(self, free: int) -> list[int]:
+        """The candidates that enter next where so many slots are free: of one row all, or what there are slots for."""
+        candidates = self.queue[0][1]
+        return candidates[:free] if len(candidates) > self.slots else candidates
+
     def _enter(self, free: int) -> None:
         entering: list[tuple[int, list[int]]] = []
-        shared: tuple[int, ...] = ()
-        while self.queue and free:
-            place, candidates = self.queue[0]
-            if entering and self.shared[place] != shared:
-                break
-            shared = self.shared[place]
-            entering.append((place, candidates[:free]))
-            free -= len(entering[-1][1])
-            if rest := candidates[len(entering[-1][1]) :]:
-                self.queue[0] = (place, rest)
-            else:
-                self.queue.popleft()
-        before = len(self.live)
+        shared = self.shared[self.queue[0][0]]
+        while self.queue and self.shared[self.queue[0][0]] == shared and 0 < len(some := self._next(free)) <= free:
+            place, candidates = self.queue.popleft()
+            entering.append((place, some))
+            free -= len(some)
+            if rest := candidates[len(some) :]:
+                self.queue.appendleft((place, rest))
+        self.entered = False
         try:
             self._read(shared, entering)
         except (RuntimeError, MemoryError):
-            if len(self.live) == before:  # else they have entered, and leave as those before them
+            if not self.entered:  # else they leave as those before them
                 self.queue.extendleft(reversed(entering))  # a row may now wait in two pieces
             raise
 
@@ -255,6 +260,7 @@ class _Batch:
                 state["seen"][slot, torch.tensor(self.requests[live.place].prompt, device=self.device)] = True
         logits = branches.logits.to(self.device)[rows]
         self.live += fresh
+        self.entered = True
         self.cache.count = count
         drawn = torch.full((len(fresh), 1), -1, device=self.device)
         self._choose(logits, into, drawn[:, 0], None)
@@ -273,12 +279,11 @@ class _Batch:
     # -- stepping ----------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
-        cache, state, count = self.cache, self.state, len(self.live)
         longest = max(live.own for live in self.live)
         stride = self.decoder.stride
-        if longest + stride > cache.room:
+        if longest + stride > self.cache.room:
             self._grow(longest + stride)
-            state = self.state
+        cache, state, count = self.cache, self.state, len(self.live)
         drawn = torch.full((count, stride), -1, device=self.device)
         sort = None if stride == 1 else torch.tensor(self.stalled, dtype=torch.long, device=self.device)
         places = torch.arange(cache.room, device=self.device)
@@ -322,7 +327,7 @@ class _Batch:
 
     def _settle(self, first: int, drawn: torch.Tensor) -> None:
         """Take in what was drawn for the slots from `first` on; those that have ended leave."""
-        self.stalled = []
+        self.stalled = [slot for slot in self.stalled if slot < first]
         ends = self.ends
         for slot, tokens in enumerate(drawn.tolist(), start=first):
             live = self.live[slot]
@@ -334,7 +339,7 @@ class _Batch:
                     live.ended = True
                     break
                 live.tokens.append(token)
-                if token in ends.watched and ends.over(live.tokens):
+                if token in ends.watched and ends.over(live.place, live.tokens):
                     live.ended = True
                     break
                 if len(live.tokens) >= live.cap:
@@ -363,8 +368,8 @@ class _Batch:
             self.cache.move(there, here)
             for slot, other in zip(to, of, strict=True):
                 self.live[slot] = self.live[other]
-            moved = dict(zip(of, to, strict=True))
-            self.stalled = [moved.get(slot, slot) for slot in self.stalled]
+        moved = dict(zip(of, to, strict=True))
+        self.stalled = [moved.get(slot, slot) for slot in self.stalled if slot not in leaving]
         del self.live[count:]
         self.cache.count = count
         self._share()
@@ -387,9 +392,15 @@ class _Batch:
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def _grow(self, needed: int) -> None:
-        """Room for longer answers than were expected, for as many sequences as then fit."""
-        room = min(_rounded(max(needed, self.cache.room * 3 // 2)), _rounded(max(needed, self.most_room)))
-        slots = max(len(self.live), slots_within(self.budget, self.held, self.limit, room))
+        """Room for longer answers than were expected, for as many sequences as then fit; the shortest of the others
+        begin again later, which changes none of their tokens."""
+        room = _rounded(max(needed, min(self.cache.room * 5 // 4, self.most_room)))
+        slots = slots_within(self.budget, self.held, self.limit, room)
+        ranked = sorted(range(len(self.live)), key=lambda slot: -len(self.live[slot].tokens))
+        later = sorted(ranked[slots:])
+        self.queue.extendleft((self.live[slot].place, [self.live[slot].candidate]) for slot in reversed(later))
+        self._close(later)
+        self.decoder.beginnings.shrink(max(self.budget - slots * room, self.held))
         state = self._empty(slots, self.state["seen"].shape[-1] if "seen" in self.state else 0)
         for name, tensor in state.items():
             tensor[: len(self.live)] = self.state[name][: len(self.live)]
@@ -412,8 +423,10 @@ class _Batch:
         self.stalled = []
         self.decoder.beginnings.shrink(0)
         if attempted == 1:
-            raise OutOfMemoryError
-        self.limit = attempted // 2
+            if self.last_try:
+                raise OutOfMemoryError
+            self.last_try = True  # now without what was held of other prompts
+        self.limit = max(1, attempted // 2)
         self.slots = slots_within(self.budget, self.held, self.limit, self.room)
         logger.warning("Out of memory with %d sequences at a time; going on with %d.", attempted, self.slots)
         return self.held + self.slots * self.room

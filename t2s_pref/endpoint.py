@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import queue
+import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +19,8 @@ from t2s_pref.errors import UserError, one_line
 from t2s_pref.files import looks_local
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import SamplingSettings
+from t2s_pref.stops import complete_part
+from t2s_pref.tokens import THINK_TAGS, begins_in_thought, count_tokens, encode_chats, special_tokens
 from t2s_pref.weights import Source, find_model, hash_parts, remembered_hashes
 from t2s_pref.wire import FIRST_TRIES, TRIES, Line, PassingError
 
@@ -43,7 +47,7 @@ class EndpointEngine:
         tokenizer (`str`, *optional*): Folder or Hub id of the model whose chat template and token ids are used;
             without it, the `root` that the server lists for the model, or for a LoRA's parent.
         model_version (`str`, *optional*): What you call the weights that are served now.
-        api_key (`str`, *optional*): What the server was started with as `--api-key`.
+        api_key (`str`, *optional*): What the server was started with as `--api-key`; else that in `VLLM_API_KEY`.
         parallel (`int`, *optional*, defaults to `32`): Requests under way at a time.
 
     Raises:
@@ -65,7 +69,7 @@ class EndpointEngine:
     ) -> None:
         if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
             raise UserError(f"parallel is {parallel!r}; it must be an integer of 1 or more.")
-        self.url, self._api_key = _base(url), (api_key or "").strip()
+        self.url, self._api_key = _base(url), (api_key or os.environ.get("VLLM_API_KEY") or "").strip()
         if not (self._api_key.isascii() and self._api_key.isprintable()):
             raise UserError("api_key has a character that no HTTP header may have; give the key and nothing else.")
         self.model, self.tokenizer, self.model_version = model, tokenizer, model_version
@@ -112,7 +116,8 @@ class EndpointEngine:
     def _card(self) -> dict[str, Any]:
         if (self.model or "") not in self._cards and (self.model or len(self._cards) != 1):
             what = f"does not serve {self.model!r}" if self.model else f"serves {len(self._cards)} models"
-            raise UserError(f"{self.url} {what}; pass one of these as model=: {', '.join(self._cards) or 'none'}.")
+            names = ", ".join(self._cards) or "none"
+            raise UserError(f"{self.url} {what}; pass one of these as model= (--served-model): {names}.")
         return self._cards[self.model or next(iter(self._cards))]
 
     @property
@@ -147,12 +152,14 @@ class EndpointEngine:
             if hashes := remembered_hashes(files, memo):
                 return Source(str(folder), None, hash_parts(f"{f.name}\0{hashes[f]}".encode() for f in files))
             raise UserError(
-                f"{name!r} is no folder with a tokenizer on this machine; pass tokenizer=, one or a Hub id."
+                f"{name!r} is no folder with a tokenizer here; pass tokenizer= (--base-model), one or a Hub id."
             )
         try:
             return find_model(name, None, memo)
         except UserError as error:
-            raise UserError(f"{error} Pass tokenizer=, the folder or Hub id of {self._card['id']!r}.") from error
+            raise UserError(
+                f"{error} Pass tokenizer= (--base-model), the folder or Hub id of {self._card['id']!r}."
+            ) from error
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -170,28 +177,26 @@ class EndpointEngine:
 
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
         """Token ids of each chat under the model's own template, up to where the answer begins."""
-        tokenizer = self._tokenizer
-        try:
-            return tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=enable_thinking
-            )
-        except Exception as error:  # templates raise jinja's errors, e.g. for roles that they refuse
-            name = tokenizer.name_or_path
-            raise UserError(f"The chat template of {name!r} refuses a row: {one_line(error)}") from error
+        return encode_chats(self._tokenizer, self._tokenizer.name_or_path, chats, enable_thinking)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""
-        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return count_tokens(self._tokenizer, texts)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def sample(self, requests: Sequence[Request], settings: SamplingSettings, budget: int = 0) -> Iterator[Sampled]:
+    def sample(
+        self, requests: Sequence[Request], settings: SamplingSettings, budget: int = 0
+    ) -> Generator[Sampled, None, None]:
         """Every candidate of the requests, once, in the order in which they end; `budget` is the server's own matter.
 
         Raises:
             [`UserError`]: where the server refuses a request or fails for a minute, after all that it has answered.
         """
+        if not requests:
+            return
         hidden = _hidden(self._tokenizer)
+        thinking = settings.enable_thinking or begins_in_thought(self._tokenizer, requests[0].prompt)
         shared = {
             "model": self._card["id"],
             "temperature": settings.temperature,
@@ -220,7 +225,13 @@ class EndpointEngine:
                     request = requests[place]
                     own = {"prompt": list(request.prompt), "seed": _seed(request.row_seed, number)}
                     body = {**shared, **own, "max_tokens": request.cap}
-                    done.put((place, number, line.ask("/v1/completions", body, TRIES, partial(_read, request, hidden))))
+                    done.put(
+                        (
+                            place,
+                            number,
+                            line.ask("/v1/completions", body, TRIES, partial(_read, request, hidden, thinking)),
+                        )
+                    )
             except queue.Empty:
                 pass
             except BaseException as error:
@@ -270,12 +281,13 @@ class EndpointEngine:
 
 def _base(url: str) -> str:
     """The server's address without `/v1`."""
+    plain = isinstance(url, str) and url.strip().isascii() and not re.search(r"[\s?#\x00-\x1f\x7f]", url.strip())
     with suppress(ValueError):  # of a port that is no number
-        parts = urlsplit(url.strip())
+        parts = urlsplit(url.strip() if plain else "")
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
             return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-    shown = "of that form" if "@" in url else repr(url)
-    raise UserError(f"url is {shown}; it must be like http://localhost:8000/v1, and a key goes into api_key=.")
+    shown = "holds a name or password" if isinstance(url, str) and "@" in url else f"is {url!r}"
+    raise UserError(f"The URL {shown}; it must be like http://localhost:8000/v1, and a key goes into VLLM_API_KEY.")
 
 
 def _seed(row_seed: int, candidate: int) -> int:
@@ -291,11 +303,10 @@ def _hidden(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
-    tags = {"<think>", "</think>"}
-    return special - tags if special & tags else set()
+    return set(special_tokens(tokenizer).values()) if special & set(THINK_TAGS) else set()
 
 
-def _read(request: Request, hidden: set[str], answered: Any) -> tuple[Answer, int]:
+def _read(request: Request, hidden: set[str], thinking: bool, answered: Any) -> tuple[Answer, int]:
     """An answer, and how many tokens of its prompt the server had in its cache."""
     choice, usage = answered["choices"][0], answered["usage"]
     if choice["finish_reason"] not in ("stop", "length"):
@@ -308,5 +319,8 @@ def _read(request: Request, hidden: set[str], answered: Any) -> tuple[Answer, in
     text = choice["text"]
     for token in hidden:
         text = text.replace(token, "")
+    # The server does not see where the SQL is complete; the answer ends there all the same, as with every other engine.
+    part = complete_part(text, thinking)
+    ended = choice["finish_reason"] == "stop" or len(part) < len(text)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Answer(text, usage["completion_tokens"], choice["finish_reason"] == "stop"), cached
+    return Answer(part, usage["completion_tokens"], ended), cached

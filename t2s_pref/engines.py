@@ -6,12 +6,13 @@ Nothing is loaded before that is needed: a cached run imports torch at most, to 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2s_pref.errors import UserError, one_line
+from t2s_pref.errors import UserError
 from t2s_pref.models import (
     Loaded,
     check_device,
@@ -25,13 +26,16 @@ from t2s_pref.models import (
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import DEFAULT_MODEL, DTYPES, SamplingSettings
 from t2s_pref.stops import Stops
+from t2s_pref.tokens import begins_in_thought, count_tokens, encode_chats, text_of
 from t2s_pref.weights import Source, find_adapter, find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from t2s_pref.decoding import Decoder
+    from t2s_pref.choice import Sampling
+    from t2s_pref.decoding import Decoder, Ends
     from t2s_pref.fallback import Generator
+    from t2s_pref.kv import Beginnings
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +96,16 @@ class TransformersEngine:
         self._sources: tuple[Source, Source | None] | None = None
         self.ceiling = float("inf")
         self.work = Work()
-        self._stops: tuple[tuple[Any, ...], Stops] | None = None
-        self._drawn_with: tuple[PreTrainedModel, str, Decoder | Generator] | None = None
+        self._stops: tuple[tuple[Any, ...], list[Stops]] | None = None
+        self._found: tuple[weakref.ref[PreTrainedModel], str] | None = None
+        self._beginnings: Beginnings | None = None  # of a model in hand, during a run
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
     def identity(self, memo: Path) -> dict[str, Any]:
         """Everything about the model that decides its answers, without loading it: a part of every cache key."""
         if self._in_hand is not None:
-            self._drawn_with = None  # it may have been trained since
+            self._found = self._beginnings = None  # it may have been trained since
             return {"in_hand": hash_model(self._in_hand, self.tokenizer)}
         # found anew each time: a folder may have been trained into since the last call
         base, adapter = self._sources = self._find(memo)
@@ -121,7 +126,7 @@ class TransformersEngine:
             rider = f"no adapter: {self.adapter_path} was absent" if self.adapter_path else "no adapter"
         return f"{self.base_model}{f' at {base.revision[:12]}' if base.revision else ''}, {rider}"
 
-    def _find(self, memo: Path) -> tuple[Source, Source | None]:
+    def _find(self, memo: Path | None) -> tuple[Source, Source | None]:
         base = find_model(self.base_model, self.revision, memo)
         adapter = find_adapter(self.adapter_path, memo) if self.adapter_path else None
         if self.adapter_path and adapter is None:
@@ -145,6 +150,8 @@ class TransformersEngine:
     def _load(self) -> Loaded:
         if self._in_hand is not None:
             return Loaded("", self._in_hand, self.tokenizer, None)
+        if self._sources is None:
+            self._sources = self._find(None)
         device, dtype = self._resolve()
         return load(*self._sources, dtype, device, self.trust_remote_code)
 
@@ -177,85 +184,88 @@ class TransformersEngine:
 
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
         """Token ids of each chat under the model's own template, up to where the answer begins."""
-        tokenizer = self._load().tokenizer
-        if not tokenizer.chat_template:
-            raise UserError(f"{self.base_model!r} has no chat template; use the instruct model of its kind.")
-        try:
-            return tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=enable_thinking
-            )
-        except Exception as error:  # templates raise jinja's errors, e.g. for roles that they refuse
-            raise UserError(f"The chat template of {self.base_model!r} refuses a row: {one_line(error)}") from error
+        return encode_chats(self._load().tokenizer, self.base_model, chats, enable_thinking)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""
-        return [len(ids) for ids in self._load().tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return count_tokens(self._load().tokenizer, texts)
 
     def method(self) -> str:
         """How this model is decoded, in words."""
         from t2s_pref.methods import WORDS
 
-        return WORDS[self._drawing()[0]]
+        return WORDS[self._method()]
 
     def holds_once(self) -> bool:
         """Whether keys and values that sequences have in common are held once for all of them."""
-        return self._drawing()[1].held_once
+        from t2s_pref.methods import SHARED
 
-    def _drawing(self) -> tuple[str, Decoder | Generator]:
-        """The way of decoding that is right for the model, and what decodes in that way."""
+        return self._method() == SHARED
+
+    def _method(self) -> str:
+        """The way of decoding that is right for the model; tried out once."""
+        model = self._load().model
+        if self._found is None or self._found[0]() is not model:
+            from t2s_pref.methods import method_of
+
+            with _evaluating(model):
+                self._found = weakref.ref(model), method_of(model)
+        return self._found[1]
+
+    def _drawer(self) -> Decoder | Generator:
+        from t2s_pref.decoding import Decoder
+        from t2s_pref.fallback import Generator
+        from t2s_pref.kv import Beginnings
+        from t2s_pref.methods import GENERATE, SHARED
+
+        loaded, method = self._load(), self._method()
+        if method == GENERATE:
+            return Generator(loaded.model, self.work)
+        if self._in_hand is not None and self._beginnings is None:
+            self._beginnings = Beginnings()
+        return Decoder(loaded.model, method == SHARED, loaded.beginnings or self._beginnings, self.work)
+
+    def _stops_of(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Stops]:
+        """The stops of each request; kept between batches, because they look at the whole vocabulary first."""
+        tokenizer = self._load().tokenizer
+        if self._stops is None or self._stops[0] != (tokenizer, settings.stop):
+            pair = [Stops(tokenizer, settings.stop, thinking, text_of(tokenizer)) for thinking in (False, True)]
+            self._stops = (tokenizer, settings.stop), pair
+        return [
+            self._stops[1][settings.enable_thinking or begins_in_thought(tokenizer, request.prompt)]
+            for request in requests
+        ]
+
+    def _ends(self, stops: Sequence[Stops]) -> Ends:
+        from t2s_pref.decoding import Ends
+
         loaded = self._load()
-        if self._drawn_with is None or self._drawn_with[0] is not loaded.model:
-            from t2s_pref.decoding import Decoder
-            from t2s_pref.fallback import Generator
-            from t2s_pref.methods import GENERATE, SHARED, method_of
-
-            with _evaluating(loaded.model):
-                method = method_of(loaded.model)
-            if method == GENERATE:
-                drawer = Generator(loaded.model, self.work)
-            else:
-                drawer = Decoder(loaded.model, method == SHARED, loaded.beginnings, self.work)
-            self._drawn_with = loaded.model, method, drawer
-        return self._drawn_with[1:]
-
-    def _stops_for(
-        self, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings, prompt: Sequence[int]
-    ) -> Stops:
-        """The stops of a run, kept between batches: they look at the whole vocabulary first."""
-        # some templates open the think block themselves
-        opened = tokenizer.decode(list(prompt[-8:])).rstrip().endswith("<think>")
-        key = tokenizer, settings.stop, settings.enable_thinking or opened
-        if self._stops is None or self._stops[0] != key:
-            self._stops = key, Stops(*key, _text_of(tokenizer))
-        return self._stops[1]
+        tokens = frozenset(end_tokens(loaded.model, loaded.tokenizer))
+        return Ends(tokens, stops[0].watched, lambda place, answer: stops[place].over(answer))
 
     def rest(self) -> None:
-        """Let go of what a run holds; a model in hand is the caller's, its memory too."""
-        if self._in_hand is not None:
-            self._drawn_with = None
+        """Let go of what a run holds of a model in hand: it is the caller's, its memory too."""
+        self._beginnings = None
 
-    def sample(self, requests: Sequence[Request], settings: SamplingSettings, budget: int) -> Iterator[Sampled]:
+    def sample(
+        self, requests: Sequence[Request], settings: SamplingSettings, budget: int
+    ) -> Generator[Sampled, None, None]:
         """Every candidate of the requests, in the order in which they end; where memory does not suffice, fewer at a
         time.
 
         Raises:
             [`UserError`]: where a single candidate does not fit.
         """
-        from t2s_pref.choice import Sampling
-        from t2s_pref.decoding import Ends, OutOfMemoryError
+        from t2s_pref.decoding import OutOfMemoryError
 
         if not requests:
             return
-        _, model, tokenizer, _ = self._load()
-        drawer = self._drawing()[1]
-        sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
-        stops = self._stops_for(tokenizer, settings, requests[0].prompt)
-        ends = Ends(frozenset(end_tokens(model, tokenizer)), stops.watched, stops.over)
+        model, drawer, stops = self._load().model, self._drawer(), self._stops_of(requests, settings)
+        ends, within = self._ends(stops), int(min(budget, self.ceiling))
         try:
             with _evaluating(model):
-                within = int(min(budget, self.ceiling))
-                for place, candidate, tokens, ended in drawer.draw(requests, sampling, ends, within):
-                    yield Sampled(place, candidate, Answer(stops.text(tokens), len(tokens), ended))
+                for place, candidate, tokens, ended in drawer.draw(requests, _sampling(settings), ends, within):
+                    yield Sampled(place, candidate, Answer(stops[place].text(tokens), len(tokens), ended))
         except OutOfMemoryError:
             longest = max(len(request.prompt) for request in requests)
             raise UserError(
@@ -266,24 +276,20 @@ class TransformersEngine:
             self.ceiling = min(self.ceiling, drawer.ceiling)
 
 
+def _sampling(settings: SamplingSettings) -> Sampling:
+    from t2s_pref.choice import Sampling
+
+    return Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it answers; one in hand may be in the middle of its training."""
-    training = model.training
-    model.eval()
+    """The model as it answers; one in hand may be in the middle of its training, or parts of it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        model.train(training)
-
-
-def _text_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Token ids to text: without special tokens, but with think tags, which some tokenizers count among these."""
-    added = tokenizer.added_tokens_decoder
-    hidden = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    hidden -= {number for number, token in added.items() if token.content in ("<think>", "</think>")}
-
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode([token for token in tokens if token not in hidden], clean_up_tokenization_spaces=False)
-
-    return text
+        for module in training:
+            module.training = True

@@ -48,29 +48,53 @@ class Generator:
         Raises:
             [`OutOfMemoryError`]: where memory does not suffice for one candidate.
         """
-        one_length = sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt))
-        with _without_settings(self.model):
-            for length, places in groupby(one_length, key=lambda place: len(requests[place].prompt)):
-                waiting = [(place, candidate) for place in places for candidate in requests[place].candidates]
-                while waiting:
-                    expected = max(min(requests[place].cap, requests[place].expected) for place, _ in waiting)
-                    at_once = slots_within(int(min(budget, self.ceiling)), 0, len(waiting), length + expected)
-                    drawn = None
-                    try:
-                        drawn = self._generate(requests, waiting[:at_once], sampling, ends)
-                    except (RuntimeError, MemoryError) as error:
-                        if not out_of_memory(error):
-                            raise
-                    if drawn is None:  # past the handler, whose traceback would keep the failed batch alive
-                        if at_once == 1:
-                            raise OutOfMemoryError
-                        self.ceiling = at_once // 2 * (length + expected)
-                        continue
-                    yield from drawn
-                    del waiting[:at_once]
+        longest_first = sorted(range(len(requests)), key=lambda place: -len(requests[place].prompt))
+        for length, places in groupby(longest_first, key=lambda place: len(requests[place].prompt)):
+            waiting = [(place, candidate) for place in places for candidate in requests[place].candidates]
+            expected = max((requests[place].expected for place, _ in waiting), default=0)
+            while waiting:
+                expected = max(1, min(expected, max(requests[place].cap for place, _ in waiting)))
+                within = int(min(budget, self.ceiling))
+                at_once = slots_within(within, 0, len(waiting), length + expected)
+                # a single one gets what it needs; of several, those that need more begin again with more room
+                most = within // at_once - length if at_once > 1 else max(requests[place].cap for place, _ in waiting)
+                drawn = self._try(requests, waiting[:at_once], sampling, ends, most)
+                if drawn is None:
+                    if at_once == 1:
+                        raise OutOfMemoryError
+                    self.ceiling = at_once // 2 * (length + expected)
+                    continue
+                ended = [each for each in drawn if each.ended or len(each.tokens) >= requests[each.place].cap]
+                yield from ended
+                whole = {(each.place, each.candidate) for each in ended}
+                if len(whole) < len(drawn):
+                    expected = 2 * most
+                waiting = [one for one in waiting if one not in whole]
+
+    def _try(
+        self,
+        requests: Sequence[Request],
+        group: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        ends: Ends,
+        most: int,
+    ) -> list[Drawn] | None:
+        """Draw a group; `None` where memory does not suffice."""
+        try:
+            with _without_settings(self.model):
+                return self._generate(requests, group, sampling, ends, most)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        return None
 
     def _generate(
-        self, requests: Sequence[Request], group: Sequence[tuple[int, int]], sampling: Sampling, ends: Ends
+        self,
+        requests: Sequence[Request],
+        group: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        ends: Ends,
+        most: int,
     ) -> list[Drawn]:
         places = list(dict.fromkeys(place for place, _ in group))
         ids = torch.tensor([requests[place].prompt for place in places], device=self.device)
@@ -91,7 +115,7 @@ class Generator:
             self.work.prompt_computed += len(places) * (length - 1) + len(group)
         else:
             self.work.prompt_computed += len(group) * length
-        caps = [requests[place].cap for place, _ in group]
+        caps = [min(most, requests[place].cap) for place, _ in group]
         keys = torch.tensor([candidate_key(requests[place].row_seed, candidate) for place, candidate in group])
         settings = GenerationConfig(
             do_sample=False,
@@ -107,7 +131,7 @@ class Generator:
             attention_mask=torch.ones_like(ids[rows]),
             generation_config=settings,
             logits_processor=LogitsProcessorList([_Noise(keys.to(self.device), length, sampling)]),
-            stopping_criteria=StoppingCriteriaList([_Stop(length, caps, ends)]),
+            stopping_criteria=StoppingCriteriaList([_Stop(length, group, caps, ends)]),
             **known,
         )[:, length:].tolist()
         return [
@@ -120,7 +144,7 @@ class Generator:
             if token in ends.tokens:
                 self.work.generated += number + 1
                 return Drawn(place, candidate, tokens[:number], True)
-            if token in ends.watched and ends.over(tokens[: number + 1]):
+            if token in ends.watched and ends.over(place, tokens[: number + 1]):
                 self.work.generated += number + 1
                 return Drawn(place, candidate, tokens[: number + 1], True)
         self.work.generated += len(tokens[:cap])
@@ -157,8 +181,8 @@ class _Noise(LogitsProcessor):
 class _Stop(StoppingCriteria):
     """Ends a sequence at its own cap, and where its text says so."""
 
-    def __init__(self, start: int, caps: Sequence[int], ends: Ends) -> None:
-        self.start, self.caps, self.ends = start, caps, ends
+    def __init__(self, start: int, group: Sequence[tuple[int, int]], caps: Sequence[int], ends: Ends) -> None:
+        self.start, self.group, self.caps, self.ends = start, group, caps, ends
         self.over = [False] * len(caps)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
@@ -166,6 +190,8 @@ class _Stop(StoppingCriteria):
         last = input_ids[:, -1].tolist() if self.ends.watched else [-1] * len(self.caps)
         for row, token in enumerate(last):
             if not self.over[row]:
-                told = token in self.ends.watched and self.ends.over(input_ids[row, self.start :].tolist())
+                told = token in self.ends.watched and self.ends.over(
+                    self.group[row][0], input_ids[row, self.start :].tolist()
+                )
                 self.over[row] = told or count >= self.caps[row]
         return torch.tensor(self.over, device=input_ids.device)

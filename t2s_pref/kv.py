@@ -151,8 +151,10 @@ class SlotCache(Cache):
         as `times` says."""
         layer, count = self.layers[number], added.keys.shape[2]
         rows = times.to(layer.keys.device)
-        layer.keys[start : start + len(rows), :, :count] = added.keys[rows]
-        layer.values[start : start + len(rows), :, :count] = added.values[rows]
+        into = slice(start, start + len(rows))
+        layer.keys[into, :, :count], layer.values[into, :, :count] = added.keys[rows], added.values[rows]
+        # what was there before is hidden, but nothing hides an infinity of half precision
+        layer.keys[into, :, count:], layer.values[into, :, count:] = 0, 0
 
     def grow(self, slots: int, room: int) -> None:
         """Take other slots of more room; what the sequences in use hold is kept."""

@@ -86,7 +86,9 @@ def method_of(model: PreTrainedModel) -> str:
 
 def is_exact(model: PreTrainedModel) -> bool:
     """Whether logits are the same whatever is computed beside them, but for the last bits of float32."""
-    return model.dtype == torch.float32 and not getattr(base_of(model), "is_quantized", False)
+    if getattr(base_of(model), "is_quantized", False) or torch.is_autocast_enabled():
+        return False
+    return all(weight.dtype == torch.float32 for weight in model.parameters() if weight.is_floating_point())
 
 
 def _plain_attention(model: PreTrainedModel) -> bool:

@@ -30,14 +30,18 @@ class Progress:
         self._tell()
         self._bar.close()
 
-    def found(self, candidates: int) -> None:
-        """So many were in the store."""
+    def found(self, rows: int, candidates: int) -> None:
+        """So many were in the store, those of so many rows all of them."""
+        self.rows += rows
+        if not self._bar.disable:
+            self._bar.initial += candidates  # they say nothing of the speed
         self._bar.update(candidates)
 
-    def drawn(self) -> None:
+    def drawn(self, row_is_complete: bool) -> None:
         """One more was drawn."""
-        self._bar.update(1)
+        self.rows += row_is_complete
         self._tell(refresh=False)
+        self._bar.update(1)
 
     def text(self) -> str:
         """What stands behind the bar."""

@@ -1,6 +1,6 @@
 """What sampling asks of an engine, whatever runs behind it: this process, another library, or a server."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -46,7 +46,8 @@ class Engine(Protocol):
     Attributes:
         device: where it runs, as torch names it; `"cpu"` where it does not matter here.
         whole_batches: whether only whole batches are recorded, so that a resumed run repeats the one that was cut off.
-            That is for engines whose answers depend, in their last bits, on what they are decoded together with.
+            That is for engines whose answers depend, in their last bits, on what they are decoded together with, where
+            a batch can be repeated as it was: not on a server.
         ceiling: cached tokens beyond which memory was found not to suffice; infinite until then.
         work: what it has done so far, for the progress bar.
     """
@@ -84,8 +85,13 @@ class Engine(Protocol):
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""
 
-    def sample(self, requests: Sequence[Request], settings: SamplingSettings, budget: int) -> Iterator[Sampled]:
-        """Every candidate of the requests, once, in the order in which they end; within `budget` tokens of cache."""
+    def sample(
+        self, requests: Sequence[Request], settings: SamplingSettings, budget: int
+    ) -> Generator[Sampled, None, None]:
+        """Every candidate of the requests, once, in the order in which they end; within `budget` tokens of cache.
+
+        Asked after `identity`: a model in hand may have been trained since.
+        """
 
 
 @dataclass

@@ -108,6 +108,8 @@ class Reader:
 
     def _tree(self, beginning: Beginning, rests: Sequence[tuple[int, ...]]) -> Branches:
         """Branches in the order of their tokens, as one packed sequence."""
+        if len(rests) == 1:
+            return self._chain(beginning, rests[0])
         tokens: list[int] = []
         depths: list[int] = []
         paths: list[list[int]] = []
@@ -120,20 +122,28 @@ class Reader:
             tokens += rest[agreed:]
             depths += range(agreed, len(rest))
         start = len(beginning.tokens)
-        mask = None
-        if len(rests) > 1:
-            mask = torch.full((len(tokens), start + len(tokens)), HIDDEN)
-            mask[:, :start] = 0
-            for (first, path), (last, _) in zip(blocks, [*blocks[1:], (len(tokens), [])], strict=True):
-                if path:
-                    mask[first:last, [start + node for node in path]] = 0
-                mask[first:last, start + first : start + last].triu_(1)
+        mask = torch.full((len(tokens), start + len(tokens)), HIDDEN)
+        mask[:, :start] = 0
+        for (first, path), (last, _) in zip(blocks, [*blocks[1:], (len(tokens), [])], strict=True):
+            if path:
+                mask[first:last, [start + node for node in path]] = 0
+            mask[first:last, start + first : start + last].triu_(1)
         positions = [start + depth for depth in depths]
         added, logits = self._forward(tokens, positions, beginning.layers, mask, [path[-1] for path in paths])
         longest = max(map(len, rests))
         index = torch.tensor([path + [0] * (longest - len(path)) for path in paths])
         layers = [KeysValues(*(each[0][:, index.to(each.device)].transpose(0, 1) for each in layer)) for layer in added]
         return Branches(layers, [len(rest) for rest in rests], logits)
+
+    def _chain(self, beginning: Beginning, rest: tuple[int, ...]) -> Branches:
+        """One branch, however long."""
+        past, start = beginning.layers, len(beginning.tokens)
+        for first in range(0, len(rest), CHUNK):
+            piece = rest[first : first + CHUNK]
+            positions = range(start + first, start + first + len(piece))
+            added, logits = self._forward(piece, positions, past, None, [len(piece) - 1])
+            past = tuple(map(KeysValues.then, past, added)) if past else tuple(added)
+        return Branches([KeysValues(*(each[:, :, start:] for each in layer)) for layer in past], [len(rest)], logits)
 
     def _forward(
         self,

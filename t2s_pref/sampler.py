@@ -70,6 +70,7 @@ class RejectSampler:
         self.engine, self.identity, self.settings, self.keep_raw = engine, identity, settings, keep_raw
         self.store: SampleStore | None = None
         self.budget = 0
+        self._run: dict[str, Any] = {}
         # Told of each candidate that is found or drawn.
         self.progress: Progress | None = None
         # Which candidates each row gets, by its position; the same for all where nothing says otherwise.
@@ -105,7 +106,7 @@ class RejectSampler:
             run = _recorded(
                 folder / RUN, lambda: {"token_budget": self.engine.token_budget(), "decoding": self.engine.method()}
             )
-            self.budget = run["token_budget"]
+            self._run, self.budget = run, run["token_budget"]
             try:
                 yield
             finally:
@@ -155,7 +156,8 @@ class RejectSampler:
         }
         records = {of: record for of, key in keys.items() if (record := self.store.get(key)) is not None}
         if self.progress:
-            self.progress.found(len(records))
+            whole = [all((row, c) in records or (row, c) not in keys for c in asked[row]) for row in range(len(asked))]
+            self.progress.found(sum(whole), len(records))
         if len(records) < len(keys):
             self._sample(rows, fits, asked, keys, records, context)
         return self._columns([[records.get((row, c)) for c in asked[row]] for row in range(len(asked))])
@@ -197,32 +199,43 @@ class RejectSampler:
         records: dict[tuple[int, int], dict[str, Any]],
     ) -> None:
         fresh: dict[tuple[int, int], dict[str, Any]] = {}
+        left = [len(request.candidates) for _, request in wanted]
 
         def keep() -> None:
             self.store.append((keys[of], record) for of, record in fresh.items())
             records.update(fresh)
             fresh.clear()
 
+        whole_batches = self.engine.whole_batches
+        answers = self.engine.sample([request for _, request in wanted], self.settings, self.budget)
         last = kept = time.perf_counter()
         try:
-            for place, candidate, answer in self.engine.sample(
-                [request for _, request in wanted], self.settings, self.budget
-            ):
+            for place, candidate, answer in answers:
                 now = time.perf_counter()
                 record = {**answer._asdict(), "seconds": now - last}
                 fresh[wanted[place][0], candidate] = record
                 last = now
+                left[place] -= 1
                 if self.progress:
-                    self.progress.drawn()
-                if not self.engine.whole_batches and now - kept > KEEP_AFTER:
+                    self.progress.drawn(left[place] == 0)
+                if not whole_batches and now - kept > KEEP_AFTER:
                     keep()
                     kept = now
         finally:
-            if not self.engine.whole_batches or len(fresh) == sum(len(request.candidates) for _, request in wanted):
+            answers.close()
+            if self.engine.ceiling < self.budget:
+                self._note(token_budget=int(self.engine.ceiling))
+            # What another batch would round otherwise is kept whole or not at all: a resumed run repeats the batch.
+            if not whole_batches or len(fresh) == sum(len(request.candidates) for _, request in wanted):
                 keep()
-        if self.engine.ceiling < self.budget:
-            self.budget = int(self.engine.ceiling)
-            _record(self.store.folder / RUN, {"token_budget": self.budget, "decoding": self.engine.method()})
+        self._note(decoding=self.engine.method())
+
+    def _note(self, **changed: Any) -> None:
+        """Record what has changed about the run: its budget, where memory has ended, or what decodes."""
+        run = {**self._run, **changed}
+        if run != self._run:
+            self._run, self.budget = run, run["token_budget"]
+            _record(self.store.folder / RUN, run)
 
     def _columns(self, sampled: list[list[dict[str, Any] | None]]) -> dict[str, list]:
         columns: dict[str, list] = {name: [] for name in self.features()}

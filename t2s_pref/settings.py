@@ -67,8 +67,8 @@ class SamplingSettings:
                 raise UserError(f"{name} is larger than any float.") from error
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise UserError(f"stop is {self.stop!r}; it must be texts of one character or more.")
+        if not all(isinstance(text, str) and text and text.encode(errors="ignore").decode() == text for text in stop):
+            raise UserError(f"stop is {self.stop!r}; it must be texts of one character or more, in Unicode.")
         object.__setattr__(self, "stop", stop)
         if not isinstance(self.enable_thinking, bool):
             raise UserError(f"enable_thinking is {self.enable_thinking!r}; it must be True or False.")
@@ -82,8 +82,8 @@ class SamplingSettings:
             raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = the whole vocabulary).")
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; it must be 0 (off) or more.")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be a positive number (1 = off).")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be from 0.01 to 100 (1 = off).")
 
     @property
     def candidates(self) -> int:

@@ -33,7 +33,7 @@ _THINK = re.compile(r"<(/?)think(?:ing)?>", re.I)
 _QUOTE = re.compile(r"['\"`]")
 
 
-def _without_thoughts(answer: str) -> str:
+def without_thoughts(answer: str) -> str:
     """Remove think blocks. A tag inside quotes that close on the same line is data, not a tag."""
     if not _THINK.search(answer):
         return answer
@@ -63,13 +63,13 @@ def _without_thoughts(answer: str) -> str:
 
 
 _TURNS = 8
-_SQL_TAGS = words("sql sqlite sqlite3 postgresql postgres psql mysql duckdb tsql plsql bigquery snowflake")
+SQL_TAGS = words("sql sqlite sqlite3 postgresql postgres psql mysql duckdb tsql plsql bigquery snowflake")
 _FENCE = re.compile(
     r"(?P<line>(?:\A|(?<=\n))[ \t>]*)?(?P<mark>`{3,}|~{3,})(?P<tag>[^\S\n]*[\w+#.-]*)(?P<end>[^\S\n]*(?=\n|\Z))?"
 )
 
 
-def _blocks(text: str) -> list[tuple[str, str]]:
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """The fenced blocks of a text as (tag, body); the last may be unclosed."""
     blocks: list[tuple[str, str]] = []
     opened = tag = ""
@@ -78,7 +78,7 @@ def _blocks(text: str) -> list[tuple[str, str]]:
         mark, word = fence["mark"][0], fence["tag"].strip().lower()
         whole_line = fence["line"] is not None and fence["end"] is not None
         if opened:
-            reopens = whole_line and word in _SQL_TAGS
+            reopens = whole_line and word in SQL_TAGS
             closes = one_line or fence["line"] is not None or (fence["end"] is not None and not word)
             if mark != opened or not (reopens or closes):
                 continue
@@ -89,7 +89,7 @@ def _blocks(text: str) -> list[tuple[str, str]]:
         elif mark == "~" and fence["line"] is None:
             continue
         opened, one_line = mark, fence["end"] is None
-        tag = word if not one_line or word in _SQL_TAGS else ""
+        tag = word if not one_line or word in SQL_TAGS else ""
         body = fence.end() if tag or not one_line else fence.end("mark")
     if opened:
         blocks.append((tag, text[body:]))
@@ -118,21 +118,21 @@ def _introduces(text: str, end: int) -> bool:
     """
     rest = text[end:].lstrip()
     opener = _FENCE.match(rest)
-    if not (opener and opener["tag"].strip().lower() in _SQL_TAGS):
+    if not (opener and opener["tag"].strip().lower() in SQL_TAGS):
         titled = HEAD.match(text, statement_start(text)).group().istitle()
         if not titled or (opener and text[:end].rstrip()[-1] not in ":."):
             return False
-    return any(statement_start(body.strip()) >= 0 for _, body in _blocks(rest))
+    return any(statement_start(body.strip()) >= 0 for _, body in fenced_blocks(rest))
 
 
 def _extract_once(answer: str) -> str:
-    text = _without_thoughts(answer).strip()
+    text = without_thoughts(answer).strip()
     end, statement = own_statement(text)
     if statement and not _introduces(text, end):
         return statement
-    blocks = [(tag, body.strip()) for tag, body in _blocks(text)]
+    blocks = [(tag, body.strip()) for tag, body in fenced_blocks(text)]
     for tag, body in reversed(blocks):
-        if body and (tag in _SQL_TAGS or statement_start(body) >= 0):
+        if body and (tag in SQL_TAGS or statement_start(body) >= 0):
             return own_statement(body)[1] or statement_in_prose(body) or _attempt(body) or body
     bare = [body for tag, body in blocks if body and not tag]
     return statement_in_prose(text) or (bare[-1] if bare else _attempt(text))
@@ -194,8 +194,8 @@ def other_readings(answer: str) -> list[str]:
     >>> other_readings("`SELECT a FROM t` would do, better is `SELECT b FROM t`")
     ['SELECT b FROM t']
     """
-    text = _without_thoughts(answer)
-    statements = [own_statement(body.strip())[1] for _, body in _blocks(text)]
+    text = without_thoughts(answer)
+    statements = [own_statement(body.strip())[1] for _, body in fenced_blocks(text)]
     statements += [code.strip() for code in _CODE.findall(text) if statement_start(code.strip()) >= 0]
     found = dict.fromkeys(each.rstrip(_ENDING) for each in (uncut_sql(answer), *statements) if each)
     found.pop(extract_sql(answer).strip().rstrip(_ENDING), None)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from t2s_pref.sql import _SQL_TAGS, _blocks, _without_thoughts
+from t2s_pref.sql import SQL_TAGS, fenced_blocks, without_thoughts
 from t2s_pref.statements import FROM, HEAD, own_statement, past, statement_in_prose, statement_start, words
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def _keyword(statement: str) -> str:
 
 def _holds_query(tag: str, body: str) -> bool:
     """Whether a fenced block is an answer: not a schema that is repeated, not the first clause of an explanation."""
-    statement = own_statement(body)[1] or (statement_in_prose(body) if tag in _SQL_TAGS else "")
-    return (not tag or tag in _SQL_TAGS) and _keyword(statement) != "" and FROM.search(statement) is not None
+    statement = own_statement(body)[1] or (statement_in_prose(body) if tag in SQL_TAGS else "")
+    return (not tag or tag in SQL_TAGS) and _keyword(statement) != "" and FROM.search(statement) is not None
 
 
 def sql_complete(text: str, thinking: bool = False) -> bool:
@@ -78,7 +78,7 @@ def sql_complete(text: str, thinking: bool = False) -> bool:
 
     ```
     """
-    text = _without_thoughts("<think>" + text if thinking else text)
+    text = without_thoughts("<think>" + text if thinking else text)
     start = statement_start(text)
     if start >= 0:
         at = _first_mark(text, start)
@@ -93,10 +93,23 @@ def sql_complete(text: str, thinking: bool = False) -> bool:
         text = text[own_statement(text)[0] :]
     if "```" not in text and "~~~" not in text:
         return False
-    blocks = _blocks(text + _MORE)
+    blocks = fenced_blocks(text + _MORE)
     if blocks and blocks[-1][1].endswith(_MORE):
         blocks.pop()
     return any(_holds_query(tag, body.strip()) for tag, body in blocks)
+
+
+def complete_part(text: str, thinking: bool = False) -> str:
+    """An answer up to where its SQL is complete; all of it where it never is.
+
+    >>> complete_part("SELECT a FROM b; This returns a.")
+    'SELECT a FROM b;'
+    """
+    for mark in re.finditer("[;`~]", text):
+        part = text[: mark.end()]
+        if (part[-1] == ";" or part.endswith(("```", "~~~"))) and sql_complete(part, thinking):
+            return part
+    return text
 
 
 _LAST = 4  # tokens: a mark that the last of them completes lies in them, three backticks and a line end at most

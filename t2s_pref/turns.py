@@ -94,16 +94,16 @@ class Draw:
             seen = self._seen_by(drawing, scores) if self.sampling.repetition_penalty != 1 else None
             chosen = choose(scores[part], keys, rows[2, part].long(), self.sampling, seen)[0]
             for row, each in enumerate(drawing):
-                if self._over(each.answer):
+                if self._over(self.wanted[each.name].place, each.answer):
                     chosen[row] = min(self.ends.tokens)
             scores[part] = float("-inf")
             scores[part].scatter_(1, chosen[:, None], 0.0)
         return scores
 
-    def _over(self, answer: list[int]) -> bool:
+    def _over(self, place: int, answer: list[int]) -> bool:
         """Whether the answer ends with the token before: transformers learns it by an end token."""
         ends = self.ends
-        return bool(answer and ends.tokens) and answer[-1] in ends.watched and ends.over(answer)
+        return bool(answer and ends.tokens) and answer[-1] in ends.watched and ends.over(place, answer)
 
     def _seen_by(self, drawing: Sequence[Drawing], scores: torch.Tensor) -> torch.Tensor:
         """`[n, vocabulary]` bool, the tokens of each prompt and answer."""

@@ -40,7 +40,7 @@ class Source:
     identity: str
 
 
-def find_model(name: str, revision: str | None, memo: Path) -> Source:
+def find_model(name: str, revision: str | None, memo: Path | None) -> Source:
     """Find base weights in a folder or on the Hub.
 
     Raises:
@@ -61,7 +61,7 @@ def find_model(name: str, revision: str | None, memo: Path) -> Source:
         ) from error
 
 
-def find_adapter(name: str, memo: Path) -> Source | None:
+def find_adapter(name: str, memo: Path | None) -> Source | None:
     """Find a LoRA adapter in a folder or on the Hub; `None` where there is nothing of that name.
 
     Raises:
@@ -105,12 +105,12 @@ def _find_on_hub(name: str, file: str, revision: str | None) -> Source:
     return Source(name, commit, commit)
 
 
-def content_hash(folder: Path, memo: Path) -> str:
+def content_hash(folder: Path, memo: Path | None) -> str:
     """Hash of a model folder's files, whatever its path; a file that `memo` knows is not read again.
 
     Args:
         folder: holds config, tokenizer and weights at its top level.
-        memo: a JSON file of hashes by path, size and modification time, made where it is missing.
+        memo: a JSON file of hashes by path, size and modification time, made where it is missing; `None` for none.
     """
     files = sorted(
         file

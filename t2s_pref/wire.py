@@ -5,8 +5,10 @@ The client is http.client, because huggingface_hub brings httpx in some versions
 
 import http.client
 import json
+import logging
 import random
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from t2s_pref.errors import UserError, one_line
+
+logger = logging.getLogger(__name__)
 
 # Tries for an answer, about a minute in all, and for what is asked first, where a wrong URL is likelier; the seconds
 # before a second try, doubled each time up to the longest; the statuses that another try may not meet.
@@ -53,8 +57,12 @@ class Line:
                 return read(self._once(path, body))
             except (PassingError, OSError, http.client.HTTPException, UnicodeError) as error:
                 self.close()  # the rest of a broken answer must not begin the next
+                if isinstance(error, http.client.InvalidURL | UnicodeError | ssl.SSLError):
+                    raise UserError(f"{self.url}{path} failed ({one_line(error)}); check the URL.") from error
                 what = str(error) if isinstance(error, PassingError) else f"failed ({one_line(error)})"
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**number) * random.uniform(0.5, 1.5)
+                if number == 0 and tries == TRIES:
+                    logger.warning("%s %s; trying again for about a minute.", self.url, what)
                 if number + 1 == tries or self.stopping.wait(pause):
                     break
             except (LookupError, TypeError, AttributeError) as error:
@@ -84,7 +92,7 @@ class Line:
         said = f"answered {status}: {_message(text)}"
         if status in PASSING:
             raise PassingError(said)
-        hints = {400: "mend that", 401: "check api_key=", 403: "check api_key="}
+        hints = {400: "mend that", 401: "check VLLM_API_KEY", 403: "check VLLM_API_KEY"}
         hint = hints.get(status, "check the URL")
         raise UserError(f"{self.url}{path} {said.rstrip('.')}; {hint}, then run again: what was sampled is kept.")
 

@@ -359,3 +359,60 @@ def test_importing_everything_public_does_not_import_torch():
     code = "import sys; from t2s_pref import *; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+# -- other engines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    from vllm_server import VllmServer
+
+    with VllmServer(MODEL, loras=("step-900",)) as server:
+        yield server
+
+
+def test_reject_samples_from_a_server_and_goes_on_where_it_was(sft, tmp_path, server):
+    common = ["--sft-data", sft, "--max-new-tokens", "48", "--cache-dir", tmp_path / "cache"]
+    asked = ["--endpoint", f"{server.url}/v1", "--served-model", "demo", "--model-version", "1"]
+    done = t2s_pref("reject", *common, *asked, "--output", tmp_path / "dpo.json")
+    assert done.returncode == 0, done.stderr
+    assert "vLLM 0.32.0 at an endpoint" in done.stdout
+    drawn = len(server.bodies)
+    again = t2s_pref("reject", *common, *asked, "--num-rejects", "4", "--output", tmp_path / "more.json")
+    assert again.returncode == 0, again.stderr
+    assert len(server.bodies) - drawn == drawn // 3
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--endpoint", ""], "it must be like http://localhost:8000/v1"),
+        (["--endpoint", "http://127.0.0.1:9/?x=1"], "it must be like http://localhost:8000/v1"),
+        (["--endpoint", "http://127.0.0.1:9", "--adapter-path", "a"], "--adapter-path is for a model here"),
+        (["--endpoint", "http://127.0.0.1:9"], "see that the server runs"),
+        (["--served-model", "demo"], "--served-model needs --endpoint"),
+    ],
+)
+def test_mistakes_around_a_server_are_one_line(sft, tmp_path, more, expected):
+    done = t2s_pref("reject", "--sft-data", sft, "--output", tmp_path / "dpo.json", *more)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_tokenizer_of_a_server_can_be_named_even_by_the_default(sft, tmp_path, server):
+    name = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
+    asked = ["--endpoint", server.url, "--served-model", "demo", "--base-model", name]
+    done = t2s_pref("reject", "--sft-data", sft, "--output", tmp_path / "dpo.json", *asked)
+    assert done.returncode == 2
+    assert f"{name!r} is neither a folder here nor in the Hub cache" in done.stderr
+
+
+def test_continuous_batching_writes_what_the_default_writes(sft, tmp_path):
+    common = ["--base-model", MODEL, "--sft-data", sft, "--max-new-tokens", "48", "--cache-dir", tmp_path / "cache"]
+    for name, more in (("a.json", []), ("b.json", ["--continuous-batching"])):
+        done = t2s_pref("reject", *common, *more, "--output", tmp_path / name, "--dataset-name", "one")
+        assert done.returncode == 0, done.stderr
+    assert "continuous batching of transformers" in done.stdout
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()

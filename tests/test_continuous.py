@@ -248,7 +248,7 @@ def test_an_answer_that_is_over_before_its_end_token_ends_there(tokens):
     wanted = candidates(number=2)
     free = decoded(model, wanted, ends=tokens)
     watched = free["1/0"][0][3]
-    ends = Ends(frozenset(tokens), frozenset([watched]), lambda answer: len(answer) >= 3)
+    ends = Ends(frozenset(tokens), frozenset([watched]), lambda _, answer: len(answer) >= 3)
     work = Work()
     over = decoded(model, wanted, ends=ends, work=work)
     for name, (whole, ended) in free.items():

@@ -1,6 +1,7 @@
 """What decoding promises: the tokens that each candidate has alone, whatever it is decoded with and in whatever way."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -277,14 +278,14 @@ def test_a_candidate_ends_at_its_own_cap_at_any_end_token_and_where_its_text_say
     assert draw(drawer, [batch], ends=(END, another))[key] == (tokens[:place], True)
     last = [Request(r.prompt, r.row_seed, r.candidates, place + 1, r.shared) for r in batch]
     assert draw(drawer, [last], ends=(END, another))[key] == (tokens[:place], True)
-    told = Ends(frozenset([END]), frozenset([another]), lambda answer: len(answer) > place)
+    told = Ends(frozenset([END]), frozenset([another]), lambda _, answer: len(answer) > place)
     assert draw(drawer, [batch], ends=told)[key] == (tokens[: place + 1], True)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_what_is_watched_is_seen_at_its_token_however_seldom_one_looks(stride):
     watched = frozenset(range(2, 512, 3))
-    ends = Ends(frozenset([END]), watched, lambda answer: len(answer) >= 4)
+    ends = Ends(frozenset([END]), watched, lambda _, answer: len(answer) >= 4)
     decoder = Decoder(model_of("qwen3"), True)
     decoder.stride = stride
     for tokens, ended in draw(decoder, requests_of(), ends=ends).values():
@@ -341,6 +342,18 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
         assert draw(drawer_of(model_of("qwen3"), method), requests_of(once=method == SHARED)) == alone("qwen3")
 
 
+@pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])
+def test_answers_far_longer_than_expected_take_turns_within_the_budget(method):
+    rows = prompts()
+    model, sampling = model_of("qwen3"), Sampling(1.0, 0.95)
+    batches = list(requests_of(range(4), cap=90, budget=1200, once=method == SHARED, rows=rows))
+    work = Work()
+    found = draw(drawer_of(model, method, work), batches, sampling, ends=(), budget=1200)
+    assert work.most_held <= 1.2 * 1200
+    assert found == draw(Decoder(model, True), batches, sampling, ends=())
+    assert all(len(tokens) == 90 for tokens, _ in found.values())
+
+
 def test_answers_longer_than_expected_get_more_room():
     rows = prompts()[:2]
     model = model_of("qwen3")
@@ -369,6 +382,46 @@ def test_the_model_is_left_as_it_was_even_where_nobody_takes_the_rest(method, at
     assert model.config._attn_implementation == attention
     assert model.generation_config.to_dict() == settings
     assert not torch.is_inference(model(torch.tensor([[5, 6]])).logits)
+
+
+@pytest.mark.parametrize("first", [SHARED, COPIED, GENERATE])
+@pytest.mark.parametrize("second", [SHARED, COPIED, GENERATE])
+def test_two_that_draw_with_one_model_in_turns_do_not_disturb_each_other(first, second):
+    model = model_of("qwen3")
+    ends = Ends(frozenset([END]))
+    settings = model.generation_config.to_dict()
+    generators = []
+    for method in (first, second):
+        batch = [request for batch in requests_of(once=method == SHARED) for request in batch]
+        generators.append((batch, drawer_of(model, method).draw(batch, SAMPLING, ends, LARGE)))
+    found = [{}, {}]
+    padded = torch.tensor([[0, 0, 5, 6, 7]])
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    expected = model(padded, attention_mask=mask).logits
+    while any(generator is not None for _, generator in generators):
+        for number, (batch, generator) in enumerate(generators):
+            if generator is None:
+                continue
+            drawn = next(generator, None)
+            if drawn is None:
+                generators[number] = batch, None
+            else:
+                found[number][batch[drawn.place].row_seed, drawn.candidate] = drawn.tokens, drawn.ended
+                assert torch.equal(model(padded, attention_mask=mask).logits, expected)
+                if number == 0 and len(found[0]) == 8:  # the first is given up half way
+                    generator.close()
+                    generators[0] = batch, None
+    assert found[1] == alone("qwen3")
+    assert found[0].items() <= alone("qwen3").items()
+    assert model.config._attn_implementation == "sdpa"
+    assert model.generation_config.to_dict() == settings
+
+
+def test_threads_that_draw_with_one_model_do_not_disturb_each_other():
+    model = model_of("qwen3")
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda _: draw(Decoder(model, True), requests_of()), range(3)):
+            assert found == alone("qwen3")
 
 
 def test_a_model_that_goes_around_the_attention_interface_is_found_out(monkeypatch, caplog):
@@ -527,6 +580,46 @@ def test_memory_may_end_anywhere_and_no_candidate_is_lost_or_drawn_twice(method,
             found[id(batch), drawn.place, drawn.candidate] = None
             assert alone("qwen3")[batch[drawn.place].row_seed, drawn.candidate] == (drawn.tokens, drawn.ended)
     assert len(found) == 2 * len(rows)
+
+
+def test_memory_that_ends_after_candidates_have_ended_draws_none_of_them_twice(monkeypatch):
+    share, failing = _Batch._share, [True]
+
+    def once(batch):
+        if failing:
+            failing.clear()
+            raise MemoryError
+        share(batch)
+
+    monkeypatch.setattr(_Batch, "_share", once)
+    found = draw(Decoder(model_of("qwen3"), True), requests_of(cap=1))
+    assert len(found) == 2 * len(prompts())
+
+
+def test_what_is_held_of_other_prompts_is_let_go_before_a_single_candidate_is_given_up():
+    beginnings, model = Beginnings(), model_of("qwen3")
+    (batch,) = requests_of()
+    draw(Decoder(model, True, beginnings), [batch])
+    held = beginnings.tokens
+
+    def little_memory(module, args, kwargs):
+        if beginnings.tokens >= held:
+            raise MemoryError
+
+    hook = model.register_forward_pre_hook(little_memory, with_kwargs=True)
+    try:
+        one = replace(batch[0], candidates=[0])
+        assert len(draw(Decoder(model, True, beginnings), [[one]])) == 1
+    finally:
+        hook.remove()
+
+
+def test_a_request_without_candidates_is_no_trouble():
+    (batch,) = requests_of()
+    batch = [replace(batch[0], candidates=[]), *batch[1:], replace(batch[0], candidates=[])]
+    for method in (SHARED, COPIED, GENERATE):
+        found = draw(drawer_of(model_of("qwen3"), method), [batch])
+        assert found == {key: drawn for key, drawn in alone("qwen3").items() if key[0] != batch[0].row_seed}
 
 
 @pytest.mark.parametrize("method", [SHARED, COPIED, GENERATE])

@@ -17,7 +17,8 @@ from tiny_models import save_adapter, save_model, save_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2Config, Mamba2ForCausalLM, Qwen3MoeConfig
 
 from t2s_pref import TransformersEngine, UserError, demo_files, generate_rejected, release_models
-from t2s_pref.engines import _text_of
+from t2s_pref.protocol import Request
+from t2s_pref.tokens import text_of
 
 
 def on_cpu(base, **arguments):
@@ -462,13 +463,13 @@ def test_special_tokens_vanish_from_an_answer_and_think_tags_stay(tmp_path):
     text = "<|im_start|><think>a b</think> SELECT 1<|tool|><|im_end|><|endoftext|>"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[0] == 1  # special by the tokenizer's own files, though it has no role like eos
-    assert _text_of(tokenizer)(ids) == "<think>a b</think> SELECT 1"
+    assert text_of(tokenizer)(ids) == "<think>a b</think> SELECT 1"
 
 
 def test_an_answers_white_space_is_what_the_model_wrote(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     for text in ("SELECT 1 , 2 .\n  FROM a ;  ", " don 't , do n't ?", "é 🙂 中文"):
-        assert _text_of(tokenizer)(tokenizer(text)["input_ids"]) == text
+        assert text_of(tokenizer)(tokenizer(text)["input_ids"]) == text
 
 
 def test_the_settings_of_these_tests_sample_and_do_not_only_rank(base_answers):
@@ -520,5 +521,40 @@ def test_a_template_that_opens_the_think_block_is_not_stopped_inside_of_it(chang
     tokenizer.chat_template += "<think>\n"
     engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(folder), tokenizer=tokenizer)
     (prompt,) = engine.encode_chats([[{"role": "user", "content": "Who?"}]], False)
-    assert engine._stops_for(tokenizer, SETTINGS, prompt)._thinking
-    assert not on_cpu(folder)._stops_for(tokenizer, SETTINGS, prompt[:-8])._thinking
+    requests = [Request(prompt, 1, [0], 9), Request(prompt[:-8], 2, [0], 9)]
+    assert [stops._thinking for stops in engine._stops_of(requests, SETTINGS)] == [True, False]
+    assert [stops._thinking for stops in engine._stops_of(requests[::-1], SETTINGS)] == [False, True]
+
+
+def test_released_models_are_gone_although_their_engines_live(tiny_model, memo):
+    engine = on_cpu(tiny_model)
+    candidates(engine, memo)
+    seen = weakref.ref(engine._load().model)
+    engine.rest()
+    release_models()
+    gc.collect()
+    assert seen() is None
+
+
+def test_an_engine_can_be_asked_for_anything_at_once(tiny_model):
+    for ask in ("method", "holds_once", "token_budget"):
+        assert getattr(on_cpu(tiny_model), ask)()
+    assert on_cpu(tiny_model).context_length == 2048
+    words = AutoTokenizer.from_pretrained(tiny_model)("a b")["input_ids"]
+    assert on_cpu(tiny_model).count_tokens(["a b"]) == [len(words)]
+
+
+def test_parts_of_a_model_that_are_frozen_stay_so(in_hand, memo):
+    model, tokenizer = in_hand
+    model.train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    candidates(TransformersEngine(model, tokenizer=tokenizer), memo)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_model_of_several_types_is_not_exact(in_hand, memo):
+    model, tokenizer = in_hand
+    assert not TransformersEngine(model, tokenizer=tokenizer).whole_batches
+    model.model.layers.to(torch.bfloat16)
+    assert TransformersEngine(model, tokenizer=tokenizer).whole_batches
