@@ -359,7 +359,10 @@ def test_the_number_of_requests_is_a_positive_integer(parallel):
 def test_a_model_that_is_not_served_is_refused_with_the_names_of_those_that_are(server, memo):
     server.loras = ["sql", "chat"]
     message = refusal(lambda: EndpointEngine(server.url, model="demo2").identity(memo))
-    assert message == f"{server.url} does not serve 'demo2'; pass one of these as model= (--served-model): demo, sql, chat."
+    assert (
+        message
+        == f"{server.url} does not serve 'demo2'; pass one of these as model= (--served-model): demo, sql, chat."
+    )
     assert "serves 3 models; pass one of these" in refusal(lambda: EndpointEngine(server.url).identity(memo))
 
 
