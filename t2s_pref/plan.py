@@ -48,9 +48,9 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 def group_rows(prompts: Sequence[Sequence[int]], sequences: Sequence[int]) -> list[Group]:
     """Rows by the beginnings of their prompts, over as many levels (system prompt, schema) as pay.
 
-    All rows begin as one group. A set of rows below it whose prompts agree further becomes a group of its own where its
-    sequences would hold more copies of that further part than the new group holds of the part that it has to repeat. At
-    least one token of each prompt stays outside of what is shared: its logits are needed.
+    All rows begin as one group. A set of rows below it whose prompts agree further becomes a group of its own where the
+    copies of that further part, one a sequence, hold more than the beginning that the new group has to repeat. At least
+    one token of each prompt stays outside of what is shared: its logits are needed.
 
     Args:
         prompts: token ids.
@@ -86,8 +86,9 @@ def group_rows(prompts: Sequence[Sequence[int]], sequences: Sequence[int]) -> li
             first, last = below.pop()
             deeper = depth(first, last)
             further = deeper - shared
-            held = further * sum(sequences[order[place]] for place in range(first, last))
-            if further >= LEVEL and held >= shared:
+            copies = sum(sequences[order[place]] for place in range(first, last)) - 1
+            # a lone sequence saves nothing, but its neighbours no longer wait for its longer prompt
+            if further >= LEVEL and further * max(1, copies) >= shared:
                 pending.append((first, last, deeper))
             elif len(parts := children(first, last, deeper)) > 1:
                 below += parts[::-1]

@@ -190,7 +190,7 @@ def test_where_memory_ends_batches_are_halved_and_the_candidates_stay_the_same(a
     # a batch as large as one that has failed is not tried again
     again = apart.ask("sample", **batch, spare=6_000_000)
     assert again["result"] == free["result"]
-    assert again["warnings"] == []
+    assert not set(again["warnings"]) & set(tight["warnings"])
 
 
 def test_a_single_candidate_that_does_not_fit_the_memory_is_an_error_with_the_setting_to_turn(apart, tiny_model):
