@@ -161,8 +161,8 @@ from t2s_pref.pool import Candidate, Gold, Job, WorkerPool
 def task():
     yield Job({LIBRARY!r}, (Gold("SELECT 1"),), (Candidate("SELECT 2"),))
 for number in range(60):
-    threading.Timer(random.Random(number).uniform(0.0002, 0.008), os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
+        threading.Timer(random.Random(number).uniform(0.0002, 0.008), os.kill, (os.getpid(), signal.SIGINT)).start()
         with WorkerPool(2) as pool:
             for _ in range(9):
                 list(pool.run([task(), task()]))
