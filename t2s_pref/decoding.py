@@ -74,6 +74,11 @@ class _Live:
     ended: bool | None = None
 
     @property
+    def name(self) -> tuple[int, int]:
+        """Which it is of all."""
+        return self.place, self.candidate
+
+    @property
     def own(self) -> int:
         """Where the last token goes."""
         return self.start + len(self.tokens) - 1
@@ -168,6 +173,8 @@ class _Batch:
         self.state: dict[str, torch.Tensor] = {}
         self.sharings: list[Sharing] = []
         self.entered = self.last_try = False
+        self.expected_room = self.room
+        self.last: set[tuple[int, int]] = set()  # what has waited for the others once
 
     def _shared(self, request: Request) -> int:
         return max(0, min(request.shared, len(request.prompt) - 1))
@@ -279,9 +286,8 @@ class _Batch:
     # -- stepping ----------------------------------------------------------------------------------------------------
 
     def _steps(self) -> None:
-        longest = max(live.own for live in self.live)
         stride = self.decoder.stride
-        if longest + stride > self.cache.room:
+        while (longest := max(live.own for live in self.live)) + stride > self.cache.room:
             self._grow(longest + stride)
         cache, state, count = self.cache, self.state, len(self.live)
         drawn = torch.full((count, stride), -1, device=self.device)
@@ -393,9 +399,19 @@ class _Batch:
 
     def _grow(self, needed: int) -> None:
         """Room for longer answers than were expected, for as many sequences as then fit; the shortest of the others
-        begin again later, which changes none of their tokens."""
+        begin again later, which changes none of their tokens. An answer that is far too long waits for the others
+        first: the room that one takes would be lost to all."""
         room = _rounded(max(needed, min(self.cache.room * 5 // 4, self.most_room)))
         slots = slots_within(self.budget, self.held, self.limit, room)
+        wanted = len(self.live) + sum(len(candidates) for _, candidates in self.queue)
+        if room > 2 * self.expected_room and slots < min(self.slots, wanted):
+            end = self.cache.room - self.decoder.stride
+            long = [slot for slot, live in enumerate(self.live) if live.own > end and live.name not in self.last]
+            if 0 < len(long) < len(self.live):
+                self.last |= {self.live[slot].name for slot in long}
+                self.queue.extend((self.live[slot].place, [self.live[slot].candidate]) for slot in long)
+                self._close(long)
+                return
         ranked = sorted(range(len(self.live)), key=lambda slot: -len(self.live[slot].tokens))
         later = sorted(ranked[slots:])
         self.queue.extendleft((self.live[slot].place, [self.live[slot].candidate]) for slot in reversed(later))

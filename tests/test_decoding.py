@@ -354,6 +354,23 @@ def test_answers_far_longer_than_expected_take_turns_within_the_budget(method):
     assert all(len(tokens) == 90 for tokens, _ in found.values())
 
 
+@pytest.mark.parametrize("method", [SHARED, COPIED])
+def test_an_answer_that_never_ends_does_not_take_the_room_of_all_others(method):
+    rows = [[*prompts()[0], 5 + number] for number in range(400)]
+    model, work, steps = model_of("qwen3"), Work(), []
+    budget = 600 if method == SHARED else 1200
+    (batch,) = requests_of(cap=200, budget=budget, once=method == SHARED, rows=rows)
+    ends = Ends(frozenset(), frozenset(range(512)), lambda place, answer: place != 0 and len(answer) >= 5)
+    hook = model.register_forward_hook(lambda *_: steps.append(1))
+    found = draw(drawer_of(model, method, work), [batch], ends=ends, budget=budget)
+    hook.remove()
+    assert {len(tokens) for (seed, _), (tokens, _) in found.items() if seed == batch[0].row_seed} == {200}
+    assert {len(tokens) for (seed, _), (tokens, _) in found.items() if seed != batch[0].row_seed} == {5}
+    assert work.most_held <= 1.2 * budget
+    assert len(steps) < 1200  # 436 and 993; over 1,600 where its room is taken from all others
+    assert found == draw(drawer_of(model, method), [batch], ends=ends)
+
+
 def test_answers_longer_than_expected_get_more_room():
     rows = prompts()[:2]
     model = model_of("qwen3")
