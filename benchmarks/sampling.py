@@ -38,6 +38,7 @@ from t2s_pref import demo_files
 from t2s_pref.choice import Sampling
 from t2s_pref.decoding import Decoder, Ends
 from t2s_pref.methods import SHARED, WORDS, method_of
+from t2s_pref.models import token_bytes
 from t2s_pref.plan import common, cut_batches, plan_order
 from t2s_pref.protocol import Request, Work
 
@@ -227,12 +228,6 @@ def width_of(model: torch.nn.Module) -> int:
     """Width of an attention head."""
     config = model.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def token_bytes(model: torch.nn.Module) -> int:
-    """Bytes of keys and values of a token."""
-    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
-    return 2 * model.config.num_hidden_layers * heads * width_of(model) * model.dtype.itemsize
 
 
 def floor(model: torch.nn.Module, rows: Rows) -> float:

@@ -4,10 +4,12 @@ The noise is counter-based: it depends on (row seed, candidate, step, token) and
 same whatever is decoded beside it. One token costs no sort of the whole vocabulary but where the nucleus is very wide.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
+
+from t2s_pref.protocol import candidate_digest
+from t2s_pref.settings import SamplingSettings
 
 # Logits are ranked this far, and where the nucleus is wider, which is rare, farther, up to the whole vocabulary.
 WIDTH = 256
@@ -26,11 +28,15 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
 
+    @classmethod
+    def of(cls, settings: SamplingSettings) -> "Sampling":
+        """That part."""
+        return cls(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
+
 
 def candidate_key(row_seed: int, candidate: int) -> int:
     """The 64-bit key of one candidate's noise, as a signed integer, which is what torch can hold."""
-    digest = hashlib.blake2b(f"{row_seed}|{candidate}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+    return int.from_bytes(candidate_digest(row_seed, candidate), "big", signed=True)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -106,26 +112,25 @@ def choose(
         return chosen, None
     # what the ranked part leaves out belongs to the nucleus too where that does not reach top_p
     wide = mass < sampling.top_p
+
+    def draw_again(rows: torch.Tensor, width: int) -> torch.Tensor:
+        """Draw these sequences from their `width` likeliest tokens; those that need still more."""
+        part = scores[rows]
+        top, tokens = part.topk(width, -1) if width < vocabulary else part.sort(-1, descending=True)
+        chosen[rows], mass = _draw(top, tokens, normaliser[rows], keys[rows], steps[rows], sampling.top_p)
+        return mass < sampling.top_p
+
     if sort is not None:
         if len(sort):
-            chosen[sort] = _drawn(scores[sort], vocabulary, normaliser[sort], keys[sort], steps[sort], sampling.top_p)[
-                0
-            ]
+            draw_again(sort, vocabulary)
             wide = wide.index_fill(0, sort, False)
         return chosen, wide
     rows = wide.nonzero()[:, 0]
-    for width in (min(FARTHER, vocabulary), vocabulary):
-        if len(rows):
-            chosen[rows], mass = _drawn(scores[rows], width, normaliser[rows], keys[rows], steps[rows], sampling.top_p)
-            rows = rows[mass < sampling.top_p] if width < vocabulary else rows[:0]
+    if len(rows) and vocabulary > FARTHER:
+        rows = rows[draw_again(rows, FARTHER)]
+    if len(rows):
+        draw_again(rows, vocabulary)
     return chosen, None
-
-
-def _drawn(
-    scores: torch.Tensor, width: int, normaliser: torch.Tensor, keys: torch.Tensor, steps: torch.Tensor, top_p: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    top, tokens = scores.topk(width, -1) if width < scores.shape[-1] else scores.sort(-1, descending=True)
-    return _draw(top, tokens, normaliser, keys, steps, top_p)
 
 
 def _draw(

@@ -53,9 +53,7 @@ def reject(args: argparse.Namespace) -> None:
         proving = {"databases": args.databases, "timeout": args.timeout, "max_candidates": args.max_candidates}
         proving |= _running(args)
     else:
-        for name, default in NEED_DATABASES.items():
-            if getattr(args, name) != default:
-                raise UserError(f"--{name.replace('_', '-')} needs --databases.")
+        _refuse(args, NEED_DATABASES, "needs --databases.")
     # what is wanted with databases are so many distinct ones
     dedup = args.dedup_rejects or ("none" if args.databases is None else "normalized")
     settings = _settings(args)
@@ -168,13 +166,18 @@ def _settings(args: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(**{name: getattr(args, name) for name in SAMPLING_DEFAULTS})
 
 
+def _refuse(args: argparse.Namespace, defaults: dict[str, Any], why: str) -> None:
+    """Refuse the first of these options that has another value than its default."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name.replace('_', '-')} {why}")
+
+
 def _engine(args: argparse.Namespace) -> Any:
     if args.endpoint is not None:
         from t2s_pref.endpoint import EndpointEngine
 
-        for name, default in MODEL_HERE.items():
-            if getattr(args, name) != default:
-                raise UserError(f"--{name.replace('_', '-')} is for a model here; with --endpoint the server decides.")
+        _refuse(args, MODEL_HERE, "is for a model here; with --endpoint the server decides.")
         return EndpointEngine(
             args.endpoint,
             model=args.served_model,
@@ -182,9 +185,7 @@ def _engine(args: argparse.Namespace) -> Any:
             tokenizer=None if args.base_model is DEFAULT_MODEL else args.base_model,
             model_version=args.model_version,
         )
-    for name in ("served_model", "model_version"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} needs --endpoint.")
+    _refuse(args, dict.fromkeys(("served_model", "model_version")), "needs --endpoint.")
     from t2s_pref.continuous import ContinuousEngine
     from t2s_pref.engines import TransformersEngine
 

@@ -16,9 +16,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t2s_pref.engines import TransformersEngine, _sampling
+from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError, one_line
-from t2s_pref.models import free_cached_memory
+from t2s_pref.models import evaluating, free_cached_memory
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import SamplingSettings
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from t2s_pref.decoding import Ends
     from t2s_pref.turns import Draw, Wanted
 
 logger = logging.getLogger(__name__)
@@ -79,14 +78,14 @@ class ContinuousEngine(TransformersEngine):
             [`UserError`]: where a candidate fails, is incomplete, or does not fit into memory alone. What was handed
                 over before is right.
         """
-        from t2s_pref.choice import candidate_key
+        from t2s_pref.choice import Sampling, candidate_key
         from t2s_pref.decoding import out_of_memory
         from t2s_pref.turns import Draw, Wanted
 
         if not requests:
             return
         model, stops = self._load().model, self._stops_of(requests, settings)
-        ends, sampling = self._ends(stops), _sampling(settings)
+        ends, sampling = self._ends(stops), Sampling.of(settings)
         left = {
             f"{place}/{number}": Wanted(
                 place, number, list(request.prompt), candidate_key(request.row_seed, number), request.cap
@@ -249,7 +248,7 @@ def _decode(model: PreTrainedModel, draw: Draw, held: int, step: int) -> Iterato
                 problem = f"stopped after {len(tokens)} of {cap} tokens without an end token"
             else:
                 missing.remove(name)
-                yield name, *_ended(draw.wanted[name].place, tokens, ends)
+                yield name, *ends.cut(draw.wanted[name].place, tokens)[:2]
                 continue
             manager.stop(hard_stop=True)  # only then is it known what ended it
             fatal = manager.background_thread_status.fatal_error
@@ -267,16 +266,6 @@ def _after_inputs(module: torch.nn.Module, _: Any) -> None:
 
     if module.device.type == "cuda":
         torch.cuda.current_stream(module.device).wait_stream(torch.cuda.default_stream(module.device))
-
-
-def _ended(place: int, tokens: list[int], ends: Ends) -> tuple[list[int], bool]:
-    """An answer without its end token, and whether it ended before its cap."""
-    if tokens[-1] in ends.tokens:
-        return tokens[:-1], True
-    for count, token in enumerate(tokens, start=1):
-        if token in ends.watched and ends.over(place, tokens[:count]):
-            return tokens[:count], True
-    return tokens, False
 
 
 def _in_order(wanted: Mapping[str, Wanted], step: int) -> Iterator[str]:
@@ -320,16 +309,14 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """In evaluation mode, and put back; so is the attention, which transformers leaves switched after an error."""
     from t2s_pref.attention import base_of
 
-    base, training = base_of(model), [module for module in model.modules() if module.training]
+    base = base_of(model)
     attention = base.config._attn_implementation
     try:
-        model.eval()
-        yield
+        with evaluating(model):
+            yield
     finally:
         if base.config._attn_implementation != attention:
             base.set_attn_implementation(attention)
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -48,6 +48,15 @@ class Ends:
     watched: frozenset[int] = frozenset()
     over: Callable[[int, list[int]], bool] = lambda place, tokens: False
 
+    def cut(self, place: int, tokens: list[int]) -> tuple[list[int], bool, int]:
+        """An answer up to its end, without an end token; whether it has one; and how many tokens that took."""
+        for count, token in enumerate(tokens, start=1):
+            if token in self.tokens:
+                return tokens[: count - 1], True, count
+            if token in self.watched and self.over(place, tokens[:count]):
+                return tokens[:count], True, count
+        return tokens, False, len(tokens)
+
 
 class OutOfMemoryError(Exception):
     """Not even one sequence fits."""

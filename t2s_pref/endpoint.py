@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import queue
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 
 from t2s_pref.errors import UserError, one_line
 from t2s_pref.files import looks_local
-from t2s_pref.protocol import Answer, Request, Sampled, Work
+from t2s_pref.protocol import Answer, Request, Sampled, Work, candidate_digest
 from t2s_pref.settings import SamplingSettings
 from t2s_pref.stops import complete_part
 from t2s_pref.tokens import THINK_TAGS, begins_in_thought, count_tokens, encode_chats, special_tokens
@@ -81,7 +80,8 @@ class EndpointEngine:
 
     def identity(self, memo: Path) -> dict[str, Any]:
         """What is known of the served model, and the content of its tokenizer: a part of every cache key."""
-        self.__dict__.pop("_cards", None)  # asked anew each time: another model may be served by now
+        for asked in ("_cards", "_version"):  # anew each time: another model may be served by now
+            self.__dict__.pop(asked, None)
         before, self._source = self._source, self._find_tokenizer(memo)
         if before != self._source:
             self.__dict__.pop("_tokenizer", None)
@@ -104,8 +104,12 @@ class EndpointEngine:
         """A few words on what decodes there."""
         with suppress(UserError):
             if self._card.get("owned_by") == "vllm":
-                return f"vLLM {self._get('/version', lambda answered: answered['version'])} at an endpoint"
+                return f"vLLM {self._version} at an endpoint"
         return "at an endpoint"
+
+    @cached_property
+    def _version(self) -> str:
+        return self._get("/version", lambda answered: answered["version"])
 
     @cached_property
     def _cards(self) -> dict[str, dict[str, Any]]:
@@ -196,7 +200,7 @@ class EndpointEngine:
         if not requests:
             return
         hidden = _hidden(self._tokenizer)
-        thinking = settings.enable_thinking or begins_in_thought(self._tokenizer, requests[0].prompt)
+        thinking = [settings.enable_thinking or begins_in_thought(self._tokenizer, each.prompt) for each in requests]
         shared = {
             "model": self._card["id"],
             "temperature": settings.temperature,
@@ -225,13 +229,8 @@ class EndpointEngine:
                     request = requests[place]
                     own = {"prompt": list(request.prompt), "seed": _seed(request.row_seed, number)}
                     body = {**shared, **own, "max_tokens": request.cap}
-                    done.put(
-                        (
-                            place,
-                            number,
-                            line.ask("/v1/completions", body, TRIES, partial(_read, request, hidden, thinking)),
-                        )
-                    )
+                    read = partial(_read, request, hidden, thinking[place])
+                    done.put((place, number, line.ask("/v1/completions", body, TRIES, read)))
             except queue.Empty:
                 pass
             except BaseException as error:
@@ -292,8 +291,7 @@ def _base(url: str) -> str:
 
 def _seed(row_seed: int, candidate: int) -> int:
     """The seed of one candidate, of 63 bits: vLLM takes 64 with a sign, and -1 as none."""
-    digest = hashlib.blake2b(f"{row_seed}|{candidate}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(candidate_digest(row_seed, candidate), "big") >> 1
 
 
 def _hidden(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -301,9 +299,8 @@ def _hidden(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
     The server would leave out think tags with the others, and thoughts could not be told from the answer.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
-    return set(special_tokens(tokenizer).values()) if special & set(THINK_TAGS) else set()
+    special, tags = set(special_tokens(tokenizer).values()), set(THINK_TAGS)
+    return special - tags if special & tags else set()
 
 
 def _read(request: Request, hidden: set[str], thinking: bool, answered: Any) -> tuple[Answer, int]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,13 @@ from t2s_pref.models import (
     Loaded,
     check_device,
     end_tokens,
+    evaluating,
     free_memory,
     hash_model,
     load,
     resolve_device,
     resolve_dtype,
+    token_bytes,
 )
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import DEFAULT_MODEL, DTYPES, SamplingSettings
@@ -32,9 +33,8 @@ from t2s_pref.weights import Source, find_adapter, find_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from t2s_pref.choice import Sampling
     from t2s_pref.decoding import Decoder, Ends
-    from t2s_pref.fallback import Generator
+    from t2s_pref.fallback import GenerateDecoder
     from t2s_pref.kv import Beginnings
 
 logger = logging.getLogger(__name__)
@@ -173,13 +173,8 @@ class TransformersEngine:
     def token_budget(self) -> int:
         """Tokens of cached keys and values that a batch may hold, from the memory that is free after loading."""
         model = self._load().model
-        config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_attention_heads", None) or 1  # none where all layers are recurrent
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kept = getattr(config, "num_key_value_heads", None) or heads
-        a_token = 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
         device = model.get_input_embeddings().weight.device
-        room = int(free_memory(str(device)) * MEMORY_SHARE / a_token)
+        room = int(free_memory(str(device)) * MEMORY_SHARE / token_bytes(model))
         return max(1, min(MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]), room))
 
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
@@ -208,19 +203,19 @@ class TransformersEngine:
         if self._found is None or self._found[0]() is not model:
             from t2s_pref.methods import method_of
 
-            with _evaluating(model):
+            with evaluating(model):
                 self._found = weakref.ref(model), method_of(model)
         return self._found[1]
 
-    def _drawer(self) -> Decoder | Generator:
+    def _drawer(self) -> Decoder | GenerateDecoder:
         from t2s_pref.decoding import Decoder
-        from t2s_pref.fallback import Generator
+        from t2s_pref.fallback import GenerateDecoder
         from t2s_pref.kv import Beginnings
         from t2s_pref.methods import GENERATE, SHARED
 
         loaded, method = self._load(), self._method()
         if method == GENERATE:
-            return Generator(loaded.model, self.work)
+            return GenerateDecoder(loaded.model, self.work)
         if self._in_hand is not None and self._beginnings is None:
             self._beginnings = Beginnings()
         return Decoder(loaded.model, method == SHARED, loaded.beginnings or self._beginnings, self.work)
@@ -256,6 +251,7 @@ class TransformersEngine:
         Raises:
             [`UserError`]: where a single candidate does not fit.
         """
+        from t2s_pref.choice import Sampling
         from t2s_pref.decoding import OutOfMemoryError
 
         if not requests:
@@ -263,8 +259,8 @@ class TransformersEngine:
         model, drawer, stops = self._load().model, self._drawer(), self._stops_of(requests, settings)
         ends, within = self._ends(stops), int(min(budget, self.ceiling))
         try:
-            with _evaluating(model):
-                for place, candidate, tokens, ended in drawer.draw(requests, _sampling(settings), ends, within):
+            with evaluating(model):
+                for place, candidate, tokens, ended in drawer.draw(requests, Sampling.of(settings), ends, within):
                     yield Sampled(place, candidate, Answer(stops[place].text(tokens), len(tokens), ended))
         except OutOfMemoryError:
             longest = max(len(request.prompt) for request in requests)
@@ -274,22 +270,3 @@ class TransformersEngine:
             ) from None
         finally:
             self.ceiling = min(self.ceiling, drawer.ceiling)
-
-
-def _sampling(settings: SamplingSettings) -> Sampling:
-    from t2s_pref.choice import Sampling
-
-    return Sampling(settings.temperature, settings.top_p, settings.top_k, settings.repetition_penalty)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it answers; one in hand may be in the middle of its training, or parts of it."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

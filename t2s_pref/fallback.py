@@ -30,10 +30,8 @@ from t2s_pref.protocol import Request, Work
 from t2s_pref.reading import forward_takes
 
 
-class Generator:
+class GenerateDecoder:
     """Draws candidates with `generate`; called like a [`~t2s_pref.decoding.Decoder`]."""
-
-    held_once = False
 
     def __init__(self, model: PreTrainedModel, work: Work | None = None) -> None:
         self.model, self.work = model, work or Work()
@@ -58,8 +56,14 @@ class Generator:
                 at_once = slots_within(within, 0, len(waiting), length + expected)
                 # a single one gets what it needs; of several, those that need more begin again with more room
                 most = within // at_once - length if at_once > 1 else max(requests[place].cap for place, _ in waiting)
-                drawn = self._try(requests, waiting[:at_once], sampling, ends, most)
-                if drawn is None:
+                drawn = None
+                try:
+                    with _without_settings(self.model):
+                        drawn = self._generate(requests, waiting[:at_once], sampling, ends, most)
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                if drawn is None:  # past the handler, whose traceback would keep the failed batch alive
                     if at_once == 1:
                         raise OutOfMemoryError
                     self.ceiling = at_once // 2 * (length + expected)
@@ -70,23 +74,6 @@ class Generator:
                 if len(whole) < len(drawn):
                     expected = 2 * most
                 waiting = [one for one in waiting if one not in whole]
-
-    def _try(
-        self,
-        requests: Sequence[Request],
-        group: Sequence[tuple[int, int]],
-        sampling: Sampling,
-        ends: Ends,
-        most: int,
-    ) -> list[Drawn] | None:
-        """Draw a group; `None` where memory does not suffice."""
-        try:
-            with _without_settings(self.model):
-                return self._generate(requests, group, sampling, ends, most)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        return None
 
     def _generate(
         self,
@@ -135,20 +122,14 @@ class Generator:
             **known,
         )[:, length:].tolist()
         return [
-            self._cut(place, candidate, tokens, cap, ends)
+            self._cut(place, candidate, tokens[:cap], ends)
             for (place, candidate), tokens, cap in zip(group, written, caps, strict=True)
         ]
 
-    def _cut(self, place: int, candidate: int, tokens: list[int], cap: int, ends: Ends) -> Drawn:
-        for number, token in enumerate(tokens[:cap]):
-            if token in ends.tokens:
-                self.work.generated += number + 1
-                return Drawn(place, candidate, tokens[:number], True)
-            if token in ends.watched and ends.over(place, tokens[: number + 1]):
-                self.work.generated += number + 1
-                return Drawn(place, candidate, tokens[: number + 1], True)
-        self.work.generated += len(tokens[:cap])
-        return Drawn(place, candidate, tokens[:cap], False)
+    def _cut(self, place: int, candidate: int, tokens: list[int], ends: Ends) -> Drawn:
+        answer, ended, count = ends.cut(place, tokens)
+        self.work.generated += count
+        return Drawn(place, candidate, answer, ended)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from t2s_pref import ranks
@@ -176,6 +178,28 @@ def free_memory(device: str) -> int:
     import torch
 
     return torch.cuda.mem_get_info(device)[0]
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values of one token, from the model's config."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None) or 1  # none where all layers are recurrent
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * kept * width * model.dtype.itemsize
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it answers; one in hand may be in the middle of its training, or parts of it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _adapted(model: PreTrainedModel, adapter: Source, base_name: str) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """What sampling asks of an engine, whatever runs behind it: this process, another library, or a server."""
 
+import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ class Request:
     cap: int
     shared: int = 0
     expected: int = 0
+
+
+def candidate_digest(row_seed: int, candidate: int) -> bytes:
+    """The 8 bytes that seed one candidate, whatever draws it."""
+    return hashlib.blake2b(f"{row_seed}|{candidate}".encode(), digest_size=8).digest()
 
 
 class Answer(NamedTuple):

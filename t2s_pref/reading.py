@@ -50,13 +50,20 @@ class Reader:
         known, length = self.beginnings.nearest(tokens)
         if known is not None and length == len(known.tokens) == len(tokens):
             return known
-        past = tuple(layer.first(length) for layer in known.layers) if length else None
-        while length < len(tokens):
-            piece = tokens[length : length + CHUNK]
-            added = self._forward(piece, range(length, length + len(piece)), past, None, [])[0]
+        return self._remember(tokens, self._go_on(known, length, tokens[length:])[0])
+
+    def _go_on(
+        self, known: Beginning | None, length: int, tokens: Sequence[int]
+    ) -> tuple[Sequence[KeysValues], torch.Tensor | None]:
+        """Keys and values of the first `length` known tokens and of these after them, and the last logits."""
+        past = tuple(layer.first(length) for layer in known.layers) if known is not None and length else ()
+        logits = None
+        for first in range(0, len(tokens), CHUNK):
+            piece = tokens[first : first + CHUNK]
+            positions = range(length + first, length + first + len(piece))
+            added, logits = self._forward(piece, positions, past, None, [len(piece) - 1])
             past = tuple(map(KeysValues.then, past, added)) if past else tuple(added)
-            length += len(piece)
-        return self._remember(tokens, past or ())
+        return past, logits
 
     def _remember(self, tokens: tuple[int, ...], layers: Sequence[KeysValues]) -> Beginning:
         # a copy: what is only looked at would hold on to all that was read with it
@@ -67,9 +74,8 @@ class Reader:
 
     def branches(self, shared: tuple[int, ...], rests: Sequence[tuple[int, ...]]) -> tuple[Beginning, Branches]:
         """Read the prompts that go on from a shared beginning, each for one token or more."""
-        known, length = self.beginnings.nearest(shared)
-        if len(rests) == 1 and length < len(shared) and len(shared) + len(rests[0]) - length <= CHUNK:
-            return self._at_once(shared, rests[0], known, length)
+        if len(rests) == 1:
+            return self._alone(shared, rests[0])
         beginning = self.beginning(shared)
         order = sorted(range(len(rests)), key=rests.__getitem__)
         found: list[Branches] = []
@@ -92,24 +98,19 @@ class Reader:
         logits = torch.cat([branches.logits for branches in found])
         return beginning, Branches(layers, [len(rest) for rest in rests], logits[back.to(logits.device)])
 
-    def _at_once(
-        self, shared: tuple[int, ...], rest: tuple[int, ...], known: Beginning | None, length: int
-    ) -> tuple[Beginning, Branches]:
-        """A single prompt in one pass, its beginning with it."""
-        past = tuple(layer.first(length) for layer in known.layers) if length else None
-        tokens = (*shared[length:], *rest)
-        added, logits = self._forward(tokens, range(length, length + len(tokens)), past, None, [len(tokens) - 1])
-        whole = map(KeysValues.then, past, added) if past else added
-        split = [
-            (layer.first(len(shared)), KeysValues(*(each[:, :, len(shared) :] for each in layer))) for layer in whole
-        ]
-        beginning = self._remember(shared, [before for before, _ in split])
-        return beginning, Branches([after for _, after in split], [len(rest)], logits)
+    def _alone(self, shared: tuple[int, ...], rest: tuple[int, ...]) -> tuple[Beginning, Branches]:
+        """A single prompt, in as few passes as it takes."""
+        known, length = self.beginnings.nearest(shared)
+        layers, logits = self._go_on(known, length, (*shared[length:], *rest))
+        if known is None or not length == len(known.tokens) == len(shared):
+            known = self._remember(shared, [layer.first(len(shared)) for layer in layers])
+        after = [KeysValues(*(each[:, :, len(shared) :] for each in layer)) for layer in layers]
+        return known, Branches(after, [len(rest)], logits)
 
     def _tree(self, beginning: Beginning, rests: Sequence[tuple[int, ...]]) -> Branches:
         """Branches in the order of their tokens, as one packed sequence."""
-        if len(rests) == 1:
-            return self._chain(beginning, rests[0])
+        if len(rests) == 1:  # a chain, however long
+            return self._alone(beginning.tokens, rests[0])[1]
         tokens: list[int] = []
         depths: list[int] = []
         paths: list[list[int]] = []
@@ -135,16 +136,6 @@ class Reader:
         layers = [KeysValues(*(each[0][:, index.to(each.device)].transpose(0, 1) for each in layer)) for layer in added]
         return Branches(layers, [len(rest) for rest in rests], logits)
 
-    def _chain(self, beginning: Beginning, rest: tuple[int, ...]) -> Branches:
-        """One branch, however long."""
-        past, start = beginning.layers, len(beginning.tokens)
-        for first in range(0, len(rest), CHUNK):
-            piece = rest[first : first + CHUNK]
-            positions = range(start + first, start + first + len(piece))
-            added, logits = self._forward(piece, positions, past, None, [len(piece) - 1])
-            past = tuple(map(KeysValues.then, past, added)) if past else tuple(added)
-        return Branches([KeysValues(*(each[:, :, start:] for each in layer)) for layer in past], [len(rest)], logits)
-
     def _forward(
         self,
         tokens: Sequence[int],
@@ -162,7 +153,7 @@ class Reader:
         elif base_of(self.model).config._attn_implementation == NAME:
             mask = torch.zeros(1, 1, 1, 1, device=self.device, dtype=self.model.dtype)
         cache = ReadingCache(past if before else None, self.layers)
-        wanted = torch.tensor(keep or [len(tokens) - 1], device=self.device)
+        wanted = torch.tensor(keep, device=self.device)
         logits = self.model(
             input_ids=torch.tensor([tokens], device=self.device),
             attention_mask=mask,

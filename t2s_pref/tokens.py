@@ -38,15 +38,14 @@ def begins_in_thought(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int])
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The special tokens by their ids, without the think tags, which some tokenizers count among these."""
+    """The special tokens by their ids; some tokenizers count the think tags among these."""
     added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    added |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {number: text for number, text in added.items() if text not in THINK_TAGS}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     """Token ids to text: without special tokens, but with think tags."""
-    hidden = special_tokens(tokenizer)
+    hidden = {number for number, text in special_tokens(tokenizer).items() if text not in THINK_TAGS}
 
     def text(tokens: list[int]) -> str:
         return tokenizer.decode([token for token in tokens if token not in hidden], clean_up_tokenization_spaces=False)

@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import Loopback
 
 Files = Mapping[str, bytes | str] | str | os.PathLike[str]
 
 
-class LoopbackHub:
+class LoopbackHub(Loopback):
     """The server. Use it as a context manager, in a fixture for one:
 
         with LoopbackHub() as hub:
@@ -39,19 +41,6 @@ class LoopbackHub:
         self.lock = Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.server.hub = self
-
-    def __enter__(self) -> "LoopbackHub":
-        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def url(self) -> str:
-        """The value for HF_ENDPOINT."""
-        return f"http://127.0.0.1:{self.server.server_port}"
 
     def add(self, repo_type: str, repo_id: str, files: Files, revision: str = "main") -> str:
         """Make `files` (a folder, or contents by path) the content of a branch; return the commit's sha."""

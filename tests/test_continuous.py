@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -19,19 +20,7 @@ from t2s_pref.protocol import Request, Work
 from t2s_pref.turns import Draw, Wanted
 
 END = 1
-SHAPE = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.15,
-    "pad_token_id": 0,
-    "eos_token_id": END,
-    "bos_token_id": 2,
-}
+SHAPE = {**tiny_models.SHAPE, "max_position_embeddings": 2048}
 CONFIGS = {
     "qwen2": transformers.Qwen2Config(**SHAPE),
     "qwen3_moe": transformers.Qwen3MoeConfig(

@@ -10,32 +10,20 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from tiny_models import SHAPE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2s_pref import choice, demo_files
 from t2s_pref.attention import base_of
 from t2s_pref.choice import Sampling, candidate_key, choose
 from t2s_pref.decoding import Decoder, Ends, OutOfMemoryError, _Batch, out_of_memory
-from t2s_pref.fallback import Generator
+from t2s_pref.fallback import GenerateDecoder
 from t2s_pref.kv import Beginnings, SlotCache
 from t2s_pref.methods import COPIED, GENERATE, SHARED, SHARING, difference, is_exact, method_of
 from t2s_pref.plan import cut_batches
 from t2s_pref.protocol import Request, Work
 
-END, PAD = 1, 0
-SHAPE = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.15,
-    "pad_token_id": PAD,
-    "eos_token_id": END,
-    "bos_token_id": 2,
-}
+END, PAD = SHAPE["eos_token_id"], SHAPE["pad_token_id"]
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LATENT = {
     "num_key_value_heads": 4,
@@ -140,7 +128,7 @@ def requests_of(candidates=range(2), cap=12, budget=LARGE, once=True, rows=None)
 
 
 def drawer_of(model, method, work=None):
-    return Generator(model, work) if method == GENERATE else Decoder(model, method == SHARED, work=work)
+    return GenerateDecoder(model, work) if method == GENERATE else Decoder(model, method == SHARED, work=work)
 
 
 def draw(drawer, batches, sampling=SAMPLING, ends=(END,), budget=LARGE):

@@ -11,6 +11,22 @@ TEMPLATE = (
 )
 
 
+# Of a random model that is made in memory.
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
 def save_tokenizer(folder: Path, template: str | None = TEMPLATE, **special: str) -> int:
     """Train a byte-level BPE on the bundled rows, save it as a chat tokenizer; return the size of its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

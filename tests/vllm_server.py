@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Condition, Lock, Thread
+from threading import Condition, Lock
 from typing import Any
 
 import torch
+from loopback import Loopback
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # What Qwen's generation_config sets, exaggerated.
@@ -37,7 +38,7 @@ class Fault:
 
 
 @dataclass(eq=False)
-class VllmServer:
+class VllmServer(Loopback):
     """The server. Use it as a context manager.
 
     Attributes:
@@ -75,18 +76,6 @@ class VllmServer:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.cached: set[tuple[int, ...]] = set()
-
-    def __enter__(self) -> "VllmServer":
-        Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
 
     def fail(self, status: int, *, times: int | None = None, text: str = "overloaded", where=lambda body: True) -> None:
         """Answer `status`; 200 is an answer that says it was aborted."""
