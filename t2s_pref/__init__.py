@@ -18,16 +18,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t2s_pref.accuracy import Evaluation, evaluate
     from t2s_pref.audit import Audit, audit_golds
+    from t2s_pref.chat import ChatEngine
     from t2s_pref.continuous import ContinuousEngine
+    from t2s_pref.cot import CotSummary, cot_summary, explode_cot, generate_cot
     from t2s_pref.demo import demo_files
     from t2s_pref.endpoint import EndpointEngine
     from t2s_pref.engines import TransformersEngine
     from t2s_pref.errors import UserError
+    from t2s_pref.formats import FORMATS
     from t2s_pref.generate import generate_rejected
     from t2s_pref.llamafactory import save_llamafactory
     from t2s_pref.load import load_sft
     from t2s_pref.models import release_models
     from t2s_pref.pairs import explode_rejected
+    from t2s_pref.rounds import load_pairs, merge_pairs
     from t2s_pref.settings import SamplingSettings
     from t2s_pref.tally import Summary, summary
     from t2s_pref.verdicts import WRONG
@@ -36,9 +40,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FORMATS",
     "WRONG",
     "Audit",
+    "ChatEngine",
     "ContinuousEngine",
+    "CotSummary",
     "EndpointEngine",
     "Evaluation",
     "SamplingSettings",
@@ -46,11 +53,16 @@ __all__ = [
     "TransformersEngine",
     "UserError",
     "audit_golds",
+    "cot_summary",
     "demo_files",
     "evaluate",
+    "explode_cot",
     "explode_rejected",
+    "generate_cot",
     "generate_rejected",
+    "load_pairs",
     "load_sft",
+    "merge_pairs",
     "release_models",
     "save_llamafactory",
     "summary",
@@ -58,9 +70,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "FORMATS": "formats",
     "WRONG": "verdicts",
     "Audit": "audit",
+    "ChatEngine": "chat",
     "ContinuousEngine": "continuous",
+    "CotSummary": "cot",
     "EndpointEngine": "endpoint",
     "Evaluation": "accuracy",
     "SamplingSettings": "settings",
@@ -68,11 +83,16 @@ _HOME = {
     "TransformersEngine": "engines",
     "UserError": "errors",
     "audit_golds": "audit",
+    "cot_summary": "cot",
     "demo_files": "demo",
     "evaluate": "accuracy",
+    "explode_cot": "cot",
     "explode_rejected": "pairs",
+    "generate_cot": "cot",
     "generate_rejected": "generate",
+    "load_pairs": "rounds",
     "load_sft": "load",
+    "merge_pairs": "rounds",
     "release_models": "models",
     "save_llamafactory": "llamafactory",
     "summary": "tally",

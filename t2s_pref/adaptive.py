@@ -1,7 +1,7 @@
 """Sampling until enough is proven: which candidates each row gets, decided round by round by their verdicts."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -19,11 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class Proof(NamedTuple):
-    """What proves candidates wrong, what each row asks of it, and the most candidates that a row may cost."""
+    """What proves candidates wrong, what each row asks of it, and the most candidates that a row may cost.
+
+    Where there are verdicts in `right`, a row also wants one candidate with one of them.
+    """
 
     verifier: Verifier
     questions: list[Question]
     max_candidates: int
+    right: Collection[str] = ()
 
 
 def sample_share(planned: Dataset, sampler: RejectSampler, desc: str) -> None:
@@ -94,6 +98,8 @@ def _lacking(
         found = [proof.verifier.candidate(question, text).verdict for text in texts[position]]
         causes = drop_causes(question.golds, texts[position], "normalized", question.dialect, found)
         lack = wanted - causes.count(KEPT)
+        if proof.right and not any(verdict in proof.right for verdict in found):
+            lack = max(lack, 1)
         if lack > 0 and totals[position] < proof.max_candidates:
             lacking[position] = lack
     return lacking

@@ -35,13 +35,23 @@ def check_map_kwargs(map_kwargs: dict[str, Any]) -> None:
         raise UserError(f"Argument {refused[0]!r} is not known here; passed on to Dataset.map are {sorted(PASSED_ON)}.")
 
 
-def find(dataset: Dataset, step: str, key: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> Dataset | None:
+def find(
+    dataset: Dataset,
+    step: str,
+    key: dict[str, Any],
+    cache_dir: str | os.PathLike[str] | None,
+    partial: bool = False,
+) -> Dataset | None:
     """The result of `step` on `dataset` under `key`, where it was kept and is still as it was written.
 
     Arrow itself reads a file that was cut or altered without a word, so the file's content is compared.
+
+    Args:
+        partial: also one that its run could not complete.
     """
     path, fingerprint = _place(dataset, step, key, cache_dir)
-    return _open(path, fingerprint, dataset) if _intact(path) else None
+    seal = _intact(path)
+    return _open(path, _mark(fingerprint, seal), dataset) if seal and (partial or _is_whole(seal)) else None
 
 
 def keep(
@@ -49,12 +59,13 @@ def keep(
     step: str,
     key: dict[str, Any] | None,
     cache_dir: str | os.PathLike[str] | None,
-    build: Callable[[Path, str], object],
+    build: Callable[[Path, str], bool],
 ) -> Dataset:
     """Build the result of `step` on `dataset` and keep it under `key`; in memory only where there is no key.
 
     Args:
-        build: given a folder to work in and a fingerprint, writes `result.arrow` there.
+        build: given a folder to work in and a fingerprint, writes `result.arrow` there. `False` where something is
+            missing in it that another run may find: the next one builds it again.
     """
     if key is None:
         with draft_folder(cache_folder(cache_dir) / step) as folder:
@@ -62,15 +73,24 @@ def keep(
             return _open(folder / "result.arrow", mark, dataset, in_memory=True)
     path, fingerprint = _place(dataset, step, key, cache_dir)
     with draft_folder(path.parent) as folder:
-        build(folder, fingerprint)
+        whole = build(folder, fingerprint)
         draft = folder / "result.arrow"
-        seal = {"fingerprint": fingerprint, "size": draft.stat().st_size, "xxh3": hash_file(draft)}
+        seal = {"fingerprint": fingerprint, "size": draft.stat().st_size, "xxh3": hash_file(draft), "whole": whole}
         # without its seal a file is not found: whatever happens between these three lines, none is found by half
         _seal(path).unlink(missing_ok=True)
         os.replace(draft, path)
     with atomic_write(_seal(path)) as file:
         json.dump(seal, file)
-    return _open(path, fingerprint, dataset)
+    return _open(path, _mark(fingerprint, seal), dataset)
+
+
+def _is_whole(seal: dict[str, Any]) -> bool:
+    return seal.get("whole", True)
+
+
+def _mark(fingerprint: str, seal: dict[str, Any]) -> str:
+    """The fingerprint of a result; a part of one has its own, or what follows from it would pass for the whole's."""
+    return fingerprint if _is_whole(seal) else hash_parts([fingerprint.encode(), seal["xxh3"].encode()])
 
 
 def without_rows(dataset: Dataset, features: Features) -> Dataset:
@@ -123,8 +143,8 @@ def cached_map(
         passed |= {"keep_in_memory": True, "load_from_cache_file": False, "new_fingerprint": mark}
         return dataset.map(function, batched=True, features=features, remove_columns=remove_columns, **passed)
 
-    def build(folder: Path, fingerprint: str) -> Dataset:
-        return dataset.map(
+    def build(folder: Path, fingerprint: str) -> bool:
+        dataset.map(
             function,
             batched=True,
             features=features,
@@ -134,6 +154,7 @@ def cached_map(
             load_from_cache_file=False,
             **passed,
         )
+        return True
 
     return keep(dataset, step, key, cache_dir, build)
 
@@ -148,18 +169,18 @@ def _seal(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _intact(path: Path) -> bool:
+def _intact(path: Path) -> dict[str, Any] | None:
+    """The seal of a file that is as it was written."""
     try:
         seal = json.loads(_seal(path).read_text(encoding="utf-8"))
-        found = {"fingerprint": path.stem, "size": path.stat().st_size, "xxh3": hash_file(path)}
-        if found == seal:
-            return True
+        if {**seal, "fingerprint": path.stem, "size": path.stat().st_size, "xxh3": hash_file(path)} == seal:
+            return seal
     except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
+        return None
+    except (OSError, ValueError, TypeError):
         pass
     logger.warning("%s is damaged; computing it again.", path)
-    return False
+    return None
 
 
 @contextmanager

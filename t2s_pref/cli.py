@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from t2s_pref import __version__, commands
 from t2s_pref.errors import UserError
 from t2s_pref.ranks import rank, started_alone
-from t2s_pref.settings import DEDUPS, DEFAULT_MODEL, DTYPES, GOLD_TIMEOUT, SAMPLING_DEFAULTS, SELECTS, TIMEOUT
+from t2s_pref.settings import (
+    ANSWER_FORMATS,
+    CHOSENS,
+    DEDUPS,
+    DEFAULT_MODEL,
+    DTYPES,
+    GOLD_TIMEOUT,
+    SAMPLING_DEFAULTS,
+    SELECTS,
+    TIMEOUT,
+)
 from t2s_pref.verdicts import VERDICTS
 
 logger = logging.getLogger(__name__)
@@ -66,18 +76,50 @@ def build_parser() -> argparse.ArgumentParser:
         help="drop rejects of a row that repeat, as text or after normalisation; exact where no value is given "
         "(default: none, and normalized with --databases)",
     )
-    data.add_argument("--dialect", default="sqlite", help="SQL dialect, by its sqlglot name")
+    _add_dialect(data)
+    data.add_argument(
+        "--cot-data", help="file of t2s-pref cot: the chains of thought that are chosen where the model has none"
+    )
+    data.add_argument(
+        "--merge", nargs="+", metavar="FILE", default=(), help="pairs of earlier rounds that --output is to hold too"
+    )
     _add_sampling(reject, "candidates sampled a row; with --databases, proven rejects wanted a row")
+    _add_cot(reject)
+    reject.add_argument(
+        "--round", type=int, help="of on-policy training, from 1: seeds of its own, and the pairs carry it"
+    )
     proof = _add_databases(reject, required=False)
     proof.add_argument("--max-candidates", type=int, help="most candidates a row (default: 4 * --num-rejects)")
     _add_keep(proof)
     proof.add_argument(
+        "--chosen",
+        choices=CHOSENS,
+        help="the gold, or a candidate of the model that is proven right (default: gold, and own_or_gold with --cot)",
+    )
+    proof.add_argument(
         "--select",
         default="first",
         choices=SELECTS,
-        help="which rejects come first where a row has more than --max-per-row",
+        help="which pairs come first where a row has more than --max-per-row, and which right answer each one takes",
     )
-    proof.add_argument("--max-per-row", type=int, help="most rejects of a row that are kept (default: all)")
+    proof.add_argument("--max-per-row", type=int, help="most pairs of a row (default: one for each reject)")
+
+    cot = command(
+        "cot",
+        "from an SFT file to one with chains of thought, written by a teacher that sees the gold SQL",
+        "Have a teacher write the reasoning from each question to its gold SQL, and keep what ends in right SQL and "
+        "does not betray that it was given. A run that was stopped goes on where it was when it is started again.",
+    )
+    _add_model(cot)
+    data = _add_data(cot)
+    _add_output(data, "SFT rows with chains of thought")
+    data.add_argument(
+        "--answer-format", default="fenced", choices=ANSWER_FORMATS[1:], help="reasoning and a block, or a think block"
+    )
+    data.add_argument("--max-per-row", type=int, help="most chains of thought of a row (default: all)")
+    _add_dialect(data)
+    _add_sampling(cot, "samples a row", "--num-samples")
+    _add_databases(cot, required=False)
 
     verify = command(
         "verify",
@@ -109,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = _add_data(evaluate)
     data.add_argument("--report", help="JSON file to write")
     _add_sampling(evaluate, "the k of pass@k")
+    _add_cot(evaluate)
     _add_databases(evaluate)
 
     demo = command(
@@ -117,6 +160,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Sample rejects for the bundled questions with the bundled model, prove them wrong, write SFT and DPO data.",
     )
     demo.add_argument("--output", default="demo_output", help="folder to write into")
+    demo.add_argument(
+        "--cot", action="store_true", help="with chains of thought: a teacher, then pairs that carry them"
+    )
     _add_cache(demo)
     return parser
 
@@ -146,6 +192,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="sample from the vLLM server there; --base-model then names its tokenizer only",
     )
     model.add_argument("--served-model", help="its name on the server (default: the only one)")
+    model.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="sample from any OpenAI-compatible server there, by messages; its key is in T2S_PREF_API_KEY",
+    )
+    model.add_argument("--model", metavar="NAME", help="the model's name at --base-url")
     model.add_argument("--model-version", help="what you call the weights that are served now")
 
 
@@ -162,12 +214,26 @@ def _add_cache(group: argparse._ActionsContainer) -> None:
     group.add_argument("--cache-dir", help="folder of samples, verdicts and results (default: t2s_pref under HF_HOME)")
 
 
-def _add_output(data: argparse._ArgumentGroup) -> None:
-    data.add_argument("--output", required=True, help="file of preference pairs to write, .json or .jsonl")
+def _add_dialect(data: argparse._ArgumentGroup) -> None:
+    data.add_argument("--dialect", default="sqlite", help="SQL dialect, by its sqlglot name")
+
+
+def _add_cot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cot",
+        nargs="?",
+        const="fenced",
+        choices=ANSWER_FORMATS[1:],
+        help="answers with a chain of thought: reasoning and a block (fenced, without a value), or a think block",
+    )
+
+
+def _add_output(data: argparse._ArgumentGroup, what: str = "preference pairs") -> None:
+    data.add_argument("--output", required=True, help=f"file of {what} to write, .json or .jsonl")
     data.add_argument("--dataset-name", help="its name in the dataset_info.json beside it (default: the file's stem)")
 
 
-def _add_sampling(parser: argparse.ArgumentParser, wanted: str) -> None:
+def _add_sampling(parser: argparse.ArgumentParser, wanted: str, count: str = "--num-rejects") -> None:
     sampling = parser.add_argument_group("sampling")
     for name, kind, text in (
         ("num_rejects", int, wanted),
@@ -178,7 +244,8 @@ def _add_sampling(parser: argparse.ArgumentParser, wanted: str) -> None:
         ("top_k", int, "draw from so many of the likeliest tokens only; 0 is off"),
         ("repetition_penalty", float, "above 1, tokens of the prompt and the answer so far are less likely; 1 is off"),
     ):
-        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, default=SAMPLING_DEFAULTS[name], help=text)
+        option = count if name == "num_rejects" else f"--{name.replace('_', '-')}"
+        sampling.add_argument(option, dest=name, type=kind, default=SAMPLING_DEFAULTS[name], help=text)
     sampling.add_argument(
         "--stop", nargs="+", default=(), metavar="TEXT", help="an answer ends before the first of these"
     )
@@ -229,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "uses gloo between CPU processes. Going on with one."
         )
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"t2s-pref: {error}", file=sys.stderr)
         return MISTAKEN
@@ -239,4 +306,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("t2s-pref: interrupted; what was found is kept, run the same command again to go on.", file=sys.stderr)
         return INTERRUPTED
-    return 0

@@ -19,12 +19,20 @@ DIALECT = "dialect"
 ALTERNATIVES = "alternatives"  # further accepted golds
 SOURCE_INDEX = "source_index"
 
-# What sampling adds. Each list but `rejected` has one element a sampled candidate; `rejected` has only the usable ones.
+# What sampling adds. Each list has one element a candidate, but for `rejected` and `answers`: the usable ones only.
 REJECTED = "rejected"
+ANSWERS = "answers"  # with their reasoning, where the answer format has one
 STATUS = "candidate_status"
 TOKENS = "generated_tokens"
 SECONDS = "generation_seconds"
 RAW = "raw_answers"
+ROUND = "round"
+ADAPTER = "adapter"
+POLICY_HASH = "policy_hash"
+
+# What a teacher adds: chains of thought that are kept, and what became of each sample.
+COT = "cot"
+COT_STATUS = "cot_status"
 
 # What verification adds: a list has one element for each of `rejected`.
 VERDICT = "verdict"
@@ -38,6 +46,7 @@ GOLD_DETAIL = "gold_detail"
 CHOSEN = "chosen"
 REJECTED_INDEX = "rejected_index"
 RAW_ANSWER = "raw_answer"
+CHOSEN_FROM = "chosen_from"
 
 STRINGS = (Value("string"), Value("large_string"))
 
@@ -47,6 +56,8 @@ REQUIRED = (INSTRUCTION, INPUT, OUTPUT)
 SAMPLED = "sampled"
 TRUNCATED = "truncated"
 NO_SQL = "no_sql"
+OFF_FORMAT = "off_format"
+FAILED = "failed"
 PROMPT_TOO_LONG = "prompt_too_long"
 
 

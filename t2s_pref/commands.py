@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,11 @@ NEED_DATABASES = {
     "timeout": TIMEOUT,
     "gold_timeout": GOLD_TIMEOUT,
     "select": "first",
+    "chosen": None,
 }
+
+# The exit code where a server gave less than was asked for.
+INCOMPLETE = 1
 
 # Options on a model that is loaded here, with their defaults.
 MODEL_HERE = {
@@ -32,26 +38,32 @@ MODEL_HERE = {
 # Everything large is imported by the command that needs it: `--help` and mistakes are answered at once.
 
 
-def reject(args: argparse.Namespace) -> None:
+def reject(args: argparse.Namespace) -> int | None:
     """Rows to preference pairs."""
     from datasets import disable_progress_bars
 
+    from t2s_pref.cot import attach_cot
     from t2s_pref.generate import generate_rejected
     from t2s_pref.llamafactory import check_destination, save_llamafactory
+    from t2s_pref.load import load_sft
     from t2s_pref.pairs import explode_rejected
+    from t2s_pref.rounds import load_pairs, merge_pairs
     from t2s_pref.sql import check_dialect
     from t2s_pref.tally import summary
 
     if rank():
         disable_progress_bars()  # one set of bars is enough
     check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
-    _check_files(args, "sft_data", "output")
+    _check_files(args, "sft_data", "cot_data", "output", merge=args.merge)
     check_dialect(args.dialect)
-    chosen = {"keep": args.keep, "select": args.select, "max_per_row": args.max_per_row}
+    _check_cot(args)
+    chosen = args.chosen or ("own_or_gold" if args.cot else "gold")
+    how = {"keep": args.keep, "chosen": chosen, "select": args.select, "max_per_row": args.max_per_row}
+    how["seed"] = args.seed
     proving: dict[str, Any] = {}
     if args.databases is not None:
         proving = {"databases": args.databases, "timeout": args.timeout, "max_candidates": args.max_candidates}
-        proving |= _running(args)
+        proving |= {"chosen": chosen, **_running(args)}
     else:
         _refuse(args, NEED_DATABASES, "needs --databases.")
     # what is wanted with databases are so many distinct ones
@@ -59,14 +71,82 @@ def reject(args: argparse.Namespace) -> None:
     settings = _settings(args)
     engine = _engine(args)
     rows = _rows(args)
+    earlier = [load_pairs(path) for path in args.merge]
+    if args.cot_data:
+        rows = attach_cot(rows, load_sft(args.cot_data), args.cot)
     rows = generate_rejected(rows, engine, settings, cache_dir=args.cache_dir, **proving)
     if rank() > 0:
-        return
-    pairs = explode_rejected(rows, dedup, args.dialect, cache_dir=args.cache_dir, **chosen)
-    print(summary(rows, dedup, args.dialect, cache_dir=args.cache_dir, **chosen))
+        return None
+    pairs = explode_rejected(rows, dedup, args.dialect, cache_dir=args.cache_dir, **how)
+    counts = summary(rows, dedup, args.dialect, cache_dir=args.cache_dir, **how)
+    print(counts)
     if not len(pairs):
         raise UserError(f"No reject is left, as the summary says; {args.output!r} was not written.")
+    if earlier:
+        merged = merge_pairs(*earlier, pairs, dialect=args.dialect)
+        before = sum(map(len, earlier))
+        print(f"merged {len(pairs)} pairs with {before} of earlier rounds: {len(merged)}, each once")
+        pairs = merged
     print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name)}")
+    return _done(args.cot, counts.drops)
+
+
+def cot(args: argparse.Namespace) -> int | None:
+    """Rows to rows with chains of thought."""
+    from datasets import disable_progress_bars
+
+    from t2s_pref.cot import cot_summary, explode_cot, generate_cot
+    from t2s_pref.llamafactory import check_destination, save_llamafactory
+
+    if rank():
+        disable_progress_bars()
+    check_destination(args.output, args.dataset_name)
+    _check_files(args, "sft_data", "output")
+    proving: dict[str, Any] = {}
+    if args.databases is not None:
+        proving = {"databases": args.databases, "timeout": args.timeout, **_running(args)}
+    else:
+        proof = ("database_version", "timeout", "gold_timeout", "workers")
+        _refuse(args, {name: NEED_DATABASES[name] for name in proof}, "needs --databases.")
+    args.cot, args.round = args.answer_format, None
+    settings = _settings(args)
+    engine = _engine(args)
+    rows = _rows(args)
+    rows = generate_cot(rows, engine, settings, dialect=args.dialect, cache_dir=args.cache_dir, **proving)
+    if rank() > 0:
+        return None
+    counts = cot_summary(rows)
+    print(counts)
+    kept = explode_cot(rows, args.answer_format, args.max_per_row, cache_dir=args.cache_dir)
+    if not len(kept):
+        raise UserError(f"No chain of thought is left, as the summary says; {args.output!r} was not written.")
+    print(f"wrote {save_llamafactory(kept, args.output, args.dataset_name)}")
+    return _done(args.cot, counts.drops)
+
+
+def _done(answer_format: str | None, drops: dict[str, int]) -> int | None:
+    """Say how to train on answers of a format, and what is still lacking; the exit code."""
+    from t2s_pref.columns import FAILED
+    from t2s_pref.formats import FORMATS
+
+    if answer_format:
+        keys = (f"{name}: {str(value).lower()}" for name, value in FORMATS[answer_format].training_keys().items())
+        print(f"train a Qwen3 on it with {', '.join(keys)}")
+    if lacking := drops.get(FAILED, 0):
+        print(f"t2s-pref: {lacking} answers failed; run the same command again to ask for these.", file=sys.stderr)
+        return INCOMPLETE
+    return None
+
+
+def _check_cot(args: argparse.Namespace) -> None:
+    """Refuse what does not go together with chains of thought, or needs them."""
+    if args.cot is None:
+        if args.cot_data:
+            raise UserError("--cot-data holds chains of thought for --cot, which is not given.")
+    elif args.databases is None:
+        raise UserError("--cot pairs right answers with wrong ones, and only --databases tells these apart.")
+    elif args.chosen == "gold" and not args.cot_data:
+        raise UserError("--chosen gold with --cot needs chains of thought of the golds: --cot-data, from t2s-pref cot.")
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -124,13 +204,14 @@ def demo(args: argparse.Namespace) -> None:
     # The bundled model is too small for threads to help, and on a busy machine they wait for each other's cores. It has
     # to be said before torch is imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from t2s_pref.demo import run_demo
+    from t2s_pref.demo import run_cot_demo, run_demo
 
-    run = run_demo(args.output, args.cache_dir)
-    print(run.summary)
+    run = (run_cot_demo if args.cot else run_demo)(args.output, args.cache_dir)
+    for counts in run.summaries:
+        print(counts, end="\n\n")
     for pair in run.examples:
-        print("\n" + "\n".join(f"{name:>8}: {text}" for name, text in pair.items()))
-    print("\nwrote " + "\n      ".join(map(str, run.written)))
+        print("\n".join(f"{name:>8}: {text}" for name, text in pair.items()), end="\n\n")
+    print("wrote " + "\n      ".join(map(str, run.written)))
 
 
 def _report(found: Any, path: str | None) -> None:
@@ -145,8 +226,11 @@ def _report(found: Any, path: str | None) -> None:
         print(f"wrote {path}")
 
 
-def _check_files(args: argparse.Namespace, *names: str) -> None:
+def _check_files(args: argparse.Namespace, *names: str, merge: Sequence[str] = ()) -> None:
     """What is written is neither what is read nor written twice, and the report can be."""
+    for path in merge:
+        if os.path.realpath(os.path.expanduser(path)) == os.path.realpath(os.path.expanduser(args.output)):
+            raise UserError(f"--output is --merge, {path!r}, which would be overwritten; name another file.")
     if path := getattr(args, "report", None):
         from t2s_pref.files import check_writable
 
@@ -163,7 +247,8 @@ def _check_files(args: argparse.Namespace, *names: str) -> None:
 
 
 def _settings(args: argparse.Namespace) -> SamplingSettings:
-    return SamplingSettings(**{name: getattr(args, name) for name in SAMPLING_DEFAULTS})
+    given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS if hasattr(args, name)}
+    return SamplingSettings(**{**given, "answer_format": args.cot or "sql"})
 
 
 def _refuse(args: argparse.Namespace, defaults: dict[str, Any], why: str) -> None:
@@ -178,6 +263,7 @@ def _engine(args: argparse.Namespace) -> Any:
         from t2s_pref.endpoint import EndpointEngine
 
         _refuse(args, MODEL_HERE, "is for a model here; with --endpoint the server decides.")
+        _refuse(args, dict.fromkeys(("base_url", "model")), "is for another kind of server than --endpoint; give one.")
         return EndpointEngine(
             args.endpoint,
             model=args.served_model,
@@ -185,7 +271,18 @@ def _engine(args: argparse.Namespace) -> Any:
             tokenizer=None if args.base_model is DEFAULT_MODEL else args.base_model,
             model_version=args.model_version,
         )
-    _refuse(args, dict.fromkeys(("served_model", "model_version")), "needs --endpoint.")
+    if args.base_url is not None:
+        from t2s_pref.chat import ChatEngine
+
+        here = {**MODEL_HERE, "base_model": DEFAULT_MODEL}
+        _refuse(args, here, "is for a model here; with --base-url the server decides.")
+        _refuse(args, {"served_model": None}, "needs --endpoint; with --base-url the name goes into --model.")
+        if args.model is None:
+            raise UserError("--base-url needs --model, the model's name there.")
+        return ChatEngine(args.base_url, args.model, model_version=args.model_version)
+    _refuse(args, {"model": None}, "needs --base-url; a model here is --base-model, a vLLM server's --served-model.")
+    _refuse(args, {"served_model": None}, "needs --endpoint.")
+    _refuse(args, {"model_version": None}, "needs --endpoint or --base-url.")
     from t2s_pref.continuous import ContinuousEngine
     from t2s_pref.engines import TransformersEngine
 

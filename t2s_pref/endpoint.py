@@ -100,6 +100,11 @@ class EndpointEngine:
         parent = f" on {self._card['parent']}" if self._card.get("parent") else ""
         return f"{self._card['id']}{parent}{f' ({self.model_version})' if self.model_version else ''} at {self.url}"
 
+    @property
+    def adapter_name(self) -> str:
+        """The served name, where that is a LoRA's."""
+        return self._card["id"] if self._card.get("parent") else ""
+
     def method(self) -> str:
         """A few words on what decodes there."""
         with suppress(UserError):
@@ -229,7 +234,7 @@ class EndpointEngine:
                     request = requests[place]
                     own = {"prompt": list(request.prompt), "seed": _seed(request.row_seed, number)}
                     body = {**shared, **own, "max_tokens": request.cap}
-                    read = partial(_read, request, hidden, thinking[place])
+                    read = partial(_read, request, hidden, thinking[place], settings.ends_with_sql)
                     done.put((place, number, line.ask("/v1/completions", body, TRIES, read)))
             except queue.Empty:
                 pass
@@ -303,7 +308,7 @@ def _hidden(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return special - tags if special & tags else set()
 
 
-def _read(request: Request, hidden: set[str], thinking: bool, answered: Any) -> tuple[Answer, int]:
+def _read(request: Request, hidden: set[str], thinking: bool, sql_ends: bool, answered: Any) -> tuple[Answer, int]:
     """An answer, and how many tokens of its prompt the server had in its cache."""
     choice, usage = answered["choices"][0], answered["usage"]
     if choice["finish_reason"] not in ("stop", "length"):
@@ -317,7 +322,7 @@ def _read(request: Request, hidden: set[str], thinking: bool, answered: Any) -> 
     for token in hidden:
         text = text.replace(token, "")
     # The server does not see where the SQL is complete; the answer ends there all the same, as with every other engine.
-    part = complete_part(text, thinking)
+    part = complete_part(text, thinking) if sql_ends else text
     ended = choice["finish_reason"] == "stop" or len(part) < len(text)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return Answer(part, usage["completion_tokens"], ended), cached

@@ -126,6 +126,14 @@ class TransformersEngine:
             rider = f"no adapter: {self.adapter_path} was absent" if self.adapter_path else "no adapter"
         return f"{self.base_model}{f' at {base.revision[:12]}' if base.revision else ''}, {rider}"
 
+    @property
+    def adapter_name(self) -> str:
+        """The name of the adapter, its folder's or its Hub id; `""` where there is none."""
+        if self._in_hand is not None or self._sources is None or self._sources[1] is None:
+            return ""
+        local = self._sources[1].revision is None
+        return Path(self.adapter_path).expanduser().resolve().name if local else str(self.adapter_path)
+
     def _find(self, memo: Path | None) -> tuple[Source, Source | None]:
         base = find_model(self.base_model, self.revision, memo)
         adapter = find_adapter(self.adapter_path, memo) if self.adapter_path else None
@@ -223,9 +231,11 @@ class TransformersEngine:
     def _stops_of(self, requests: Sequence[Request], settings: SamplingSettings) -> list[Stops]:
         """The stops of each request; kept between batches, because they look at the whole vocabulary first."""
         tokenizer = self._load().tokenizer
-        if self._stops is None or self._stops[0] != (tokenizer, settings.stop):
-            pair = [Stops(tokenizer, settings.stop, thinking, text_of(tokenizer)) for thinking in (False, True)]
-            self._stops = (tokenizer, settings.stop), pair
+        key = tokenizer, settings.stop, settings.ends_with_sql
+        if self._stops is None or self._stops[0] != key:
+            text = text_of(tokenizer)
+            pair = [Stops(*key[:2], thinking, text, settings.ends_with_sql) for thinking in (False, True)]
+            self._stops = key, pair
         return [
             self._stops[1][settings.enable_thinking or begins_in_thought(tokenizer, request.prompt)]
             for request in requests

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Features
 
 from t2s_pref import ranks
 from t2s_pref.adaptive import Proof, sample_share, sample_until_proven
-from t2s_pref.cache import cache_folder, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
-from t2s_pref.columns import OUTPUT, REQUIRED, SOURCE_INDEX, check_columns, each_split
+from t2s_pref.cache import cache_folder, cached_map, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
+from t2s_pref.columns import ANSWERS, INPUT, INSTRUCTION, OUTPUT, REQUIRED, SOURCE_INDEX, check_columns, each_split
 from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
+from t2s_pref.formats import FORMATS
+from t2s_pref.pairing import check_chosen, proven_right
 from t2s_pref.plan import PAGE, plan_order
 from t2s_pref.pool import Bounds
+from t2s_pref.prompts import asked
 from t2s_pref.protocol import Engine
 from t2s_pref.sampler import ANSWER_TOKENS, PROMPT_IDS, PROMPT_TOKENS, WORKING, RejectSampler
 from t2s_pref.settings import DEFAULT_MODEL, GOLD_TIMEOUT, TIMEOUT, SamplingSettings
@@ -35,6 +38,7 @@ def generate_rejected(
     keep_raw: bool = False,
     databases: DatabasesLike | None = None,
     max_candidates: int | None = None,
+    chosen: str = "gold",
     timeout: float = TIMEOUT,
     gold_timeout: float = GOLD_TIMEOUT,
     database_version: str | None = None,
@@ -48,6 +52,9 @@ def generate_rejected(
     row has cost `max_candidates`: first as many as are wanted, then as many as are still lacking, round by round. A row
     whose gold proves nothing is not sampled at all. The result has the columns of `verify_rejected` too.
 
+    With an `answer_format` that has reasoning, the candidates are chains of thought with the SQL that they end in, and
+    the SQL is what is judged. Where the prompt has to ask for the format, `input` ends in that request from then on.
+
     Cached twice: the result as an Arrow file, found again in milliseconds by any process, and below it each sample, so
     that a run that was killed goes on where it was and a higher `num_rejects` samples only what is new.
 
@@ -60,6 +67,8 @@ def generate_rejected(
         keep_raw: also keep the answers as the model wrote them.
         databases: where to run golds and candidates, as for `verify_rejected`; without, nothing is run.
         max_candidates: the most candidates a row, by default four times `num_rejects`; only with `databases`.
+        chosen: the `chosen` of `explode_rejected`; where that is the model's own, each row is sampled until it also
+            has a candidate that is proven right.
         timeout, gold_timeout, database_version, workers: as for `verify_rejected`.
         cache_dir: folder of results and samples, by default `t2s_pref` under `HF_HOME`.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
@@ -69,10 +78,14 @@ def generate_rejected(
 
         - `rejected` (`list[str]`): the SQL of the candidates that ended and contain one;
         - `candidate_status` (`list[str]`, one a candidate): `sampled`, `truncated` (reached the length cap), `no_sql`
-          (nothing in the answer looks like SQL), or `prompt_too_long` (the row was not sampled);
+          (nothing in the answer looks like SQL), `off_format` (reasoning or SQL is not where the format has it),
+          `failed` (the server gave no answer; the next run asks again) or `prompt_too_long` (the row was not sampled);
         - `generated_tokens` (`list[int64]`, one a candidate);
         - `generation_seconds` (`float64`): the row's share of the time of its batches, the one column that another
           fresh run does not reproduce;
+        - `answers` (`list[str]`, one for each of `rejected`), with reasoning: the whole answer in its format;
+        - `round` (`int64`), `adapter` (`str`, its name) and `policy_hash` (`str`, of all that the policy is), with
+          `round` in the settings;
         - `raw_answers` (`list[str]`, one a candidate), with `keep_raw`.
 
     Raises:
@@ -89,13 +102,19 @@ def generate_rejected(
         engine = TransformersEngine(engine or DEFAULT_MODEL)
     settings = settings or SamplingSettings()
     check_map_kwargs(map_kwargs)
+    check_chosen(chosen)
     if settings.candidates < settings.num_rejects:
         logger.warning("temperature 0 is greedy: every row has one candidate, not %d.", settings.num_rejects)
     if databases is None:
         if max_candidates is not None:
             raise UserError("max_candidates bounds the search for proven rejects; it needs databases.")
+        if chosen != "gold":
+            raise UserError(f"chosen={chosen!r} needs candidates that are proven right, and that needs databases.")
         return each_split(
-            dataset, lambda part: _generate(part, engine, settings, keep_raw, cache_dir, dict(map_kwargs), None, None)
+            dataset,
+            lambda part: sample_rows(
+                _asking(part, settings, cache_dir), engine, settings, keep_raw, cache_dir, dict(map_kwargs)
+            ),
         )
     most = 4 * settings.num_rejects if max_candidates is None else max_candidates
     if most < settings.candidates:
@@ -108,24 +127,59 @@ def generate_rejected(
         with open_verifier(part, databases, bounds, database_version, workers, cache_dir) as verifier:
             if verifier.key() is None and ranks.world_size() > 1:
                 raise UserError("Several processes share results by their key: a server needs database_version.")
-            sampled = _generate(part, engine, settings, keep_raw, cache_dir, dict(map_kwargs), verifier, most)
+            search = Search(verifier, most, chosen)
+            rows = _asking(part, settings, cache_dir)
+            sampled = sample_rows(rows, engine, settings, keep_raw, cache_dir, dict(map_kwargs), search)
             verifier.refresh()  # rank 0 has judged for all
             return verify_with(verifier, sampled, cache_dir, dict(map_kwargs))
 
     return each_split(dataset, prove)
 
 
-def _generate(
+class Search(NamedTuple):
+    """What sampling until enough is proven goes by: the judge, the most candidates a row, and what is chosen."""
+
+    verifier: Verifier
+    most: int
+    chosen: str
+
+
+def _asking(dataset: Dataset, settings: SamplingSettings, cache_dir: str | os.PathLike[str] | None) -> Dataset:
+    """The rows whose prompts ask for the answer format, where its models would not know otherwise."""
+    request = FORMATS[settings.answer_format].request
+    if not request:
+        return dataset
+    check_columns(dataset, REQUIRED, "load_sft makes them from alpaca files.")
+
+    def ask(rows: dict[str, list]) -> dict[str, list]:
+        parts = zip(rows[INSTRUCTION], rows[INPUT], strict=True)
+        done = [asked({INSTRUCTION: instruction, INPUT: text}, request) for instruction, text in parts]
+        return {name: [row[name] for row in done] for name in (INSTRUCTION, INPUT)}
+
+    return cached_map(
+        dataset,
+        ask,
+        step="asking",
+        key={"request": request},
+        features=dataset.features,
+        cache_dir=cache_dir,
+        map_kwargs={"desc": "Asking for the format"},
+    )
+
+
+def sample_rows(
     dataset: Dataset,
     engine: Engine,
     settings: SamplingSettings,
     keep_raw: bool,
     cache_dir: str | os.PathLike[str] | None,
     map_kwargs: dict[str, Any],
-    verifier: Verifier | None,
-    most: int | None,
+    search: Search | None = None,
 ) -> Dataset:
+    """Sample each row's candidates from the prompts as they are, and add the columns of `generate_rejected`."""
     check_columns(dataset, REQUIRED, "load_sft makes them from alpaca files.")
+    if ANSWERS in dataset.column_names:  # of an earlier call: what is sampled now may have none
+        dataset = dataset.remove_columns(ANSWERS)
     if SOURCE_INDEX not in dataset.column_names:
         logger.warning("No column %r: each row's seed comes from its position; load_sft adds it.", SOURCE_INDEX)
     passed = {"desc": "Sampling rejects", **map_kwargs}
@@ -135,28 +189,32 @@ def _generate(
     sampler = RejectSampler(engine, engine.identity(home / "weights.json"), settings, keep_raw)
     samples = home / "samples" / sampler.store_name()
     key: dict[str, Any] | None = sampler.key()
-    if verifier:
-        key = (proof := verifier.key()) and {**key, "proof": proof, "max_candidates": most}
+    if search:
+        proof = search.verifier.key()
+        key = proof and {**key, "proof": proof, "max_candidates": search.most, "own": search.chosen != "gold"}
 
-    def look_up() -> Dataset | None:
-        found = find(dataset, "rejected", key, cache_dir) if key else None
+    def look_up(partial: bool = False) -> Dataset | None:
+        found = find(dataset, "rejected", key, cache_dir, partial) if key else None
         if found is not None and not _same_rows(found, dataset):
             logger.warning("The cached result has other rows than the dataset; sampling again.")
             return None
         return found
 
     def decide(planned: Dataset) -> None:
-        questions = [question(row, OUTPUT, verifier.databases) for row in dataset]
-        sampler.wanted = sample_until_proven(planned, sampler, Proof(verifier, questions, most), cpu)
+        questions = [question(row, OUTPUT, search.verifier.databases) for row in dataset]
+        right = proven_right(settings.answer_format) if search.chosen != "gold" else ()
+        proof = Proof(search.verifier, questions, search.most, right)
+        sampler.wanted = sample_until_proven(planned, sampler, proof, cpu)
 
-    def build(folder: Path, fingerprint: str) -> None:
+    def build(folder: Path, fingerprint: str) -> bool:
         with sampler.using(samples):
             planned, order = _plan(dataset, sampler, folder)
-            if verifier and sampler.wanted is None:
+            if search and sampler.wanted is None:
                 decide(planned)
-            elif not verifier:
+            elif not search:
                 sample_share(planned, sampler, passed["desc"])
             _collect(dataset, planned, order, sampler, folder, fingerprint, passed)
+        return not sampler.failed
 
     result = look_up() if reuse and len(dataset) else None
     if not len(dataset):
@@ -165,12 +223,12 @@ def _generate(
         if result is None:
             with sampler.using(samples), draft_folder(home / "rejected") as folder:
                 planned, _ = _plan(dataset, sampler, folder)
-                decide(planned) if verifier else sample_share(planned, sampler, passed["desc"])
+                decide(planned) if search else sample_share(planned, sampler, passed["desc"])
         ranks.wait_for_everyone(cpu)
         if result is None and ranks.rank() == 0:
             result = keep(dataset, "rejected", key, cache_dir, build)
         ranks.wait_for_everyone(cpu)
-        result = look_up() if result is None else result
+        result = look_up(partial=True) if result is None else result
         if result is None:
             raise UserError(f"Rank {ranks.rank()} sees no result of rank 0 in {home}; all ranks must share it.")
     elif result is None:
@@ -178,8 +236,9 @@ def _generate(
     told = f"generate_rejected: {engine.describe()}"
     if method := sampler.method(samples):
         told += f"; {method}"
-    if verifier:
-        told += f"; until {settings.num_rejects} are proven wrong, at most {most} candidates a row"
+    if search:
+        told += f"; until {settings.num_rejects} are proven wrong"
+        told += f"{' and one right' if search.chosen != 'gold' else ''}, at most {search.most} candidates a row"
     result.info.description = "\n".join(line for line in (dataset.info.description, told) if line)
     return result
 

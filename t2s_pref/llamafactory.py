@@ -19,13 +19,17 @@ from datasets import Dataset, DatasetDict, Value
 from filelock import FileLock
 
 from t2s_pref.columns import (
+    ADAPTER,
     CHOSEN,
+    CHOSEN_FROM,
     DB_ID,
     HISTORY,
     INPUT,
     INSTRUCTION,
     OUTPUT,
+    POLICY_HASH,
     REJECTED,
+    ROUND,
     SYSTEM,
     check_columns,
     each_split,
@@ -36,6 +40,12 @@ from t2s_pref.load import check_history
 from t2s_pref.records import write_records
 
 logger = logging.getLogger(__name__)
+
+# What goes with the answers, where a dataset has it.
+CARRIED = (SYSTEM, HISTORY, DB_ID, ROUND, ADAPTER, POLICY_HASH, CHOSEN_FROM)
+
+# What null is written as, if not as "": LLaMA-Factory wants one type in a column.
+NULLS: dict[str, Any] = {HISTORY: [], ROUND: 1}
 
 DATASET_INFO = "dataset_info.json"
 BATCH_ROWS = 1000
@@ -59,8 +69,9 @@ def save_llamafactory(
 
     Columns read: `instruction`, `input` (string; null is written as `""`); `chosen` and `rejected`, or `output`
     (string, neither null nor blank, and `rejected` not equal to `chosen`); and where the dataset has them `system`,
-    `db_id` (null is written as `""`) and `history` (list of [user, assistant] pairs; null is written as `[]`), because
-    LLaMA-Factory wants one type in a column and reads `""` and `[]` as absent. Other columns are left out.
+    `db_id`, `adapter`, `policy_hash`, `chosen_from` (null is written as `""`), `round` (int64) and `history` (list of
+    [user, assistant] pairs; null is written as `[]`), because LLaMA-Factory wants one type in a column and reads `""`
+    and `[]` as absent. Other columns are left out.
 
     In `dataset_info.json` an entry of the same name is replaced, every other entry stays as it is and where it is.
     Processes that save into one folder at the same time wait for each other there.
@@ -111,7 +122,7 @@ def save_llamafactory(
         }
     dataset = each_split(dataset, lambda whole: whole)  # refuses whatever else is not a Dataset
     answers = _answer_columns(dataset)
-    columns = [INSTRUCTION, INPUT, *answers, *(n for n in (SYSTEM, HISTORY, DB_ID) if n in dataset.column_names)]
+    columns = [INSTRUCTION, INPUT, *answers, *(n for n in CARRIED if n in dataset.column_names)]
     with atomic_write(path) as file:
         write_records(file, _records(dataset.select_columns(columns), answers), lines=path.suffix == ".jsonl")
     register(path, name, columns)
@@ -149,7 +160,7 @@ def _answer_columns(dataset: Dataset) -> tuple[str, ...]:
     explode = "call explode_rejected first: it makes one row a reject, with chosen and rejected as strings"
     other = f"{explode}; or remove_columns({REJECTED!r}) to save supervised rows."
     check_columns(dataset, (INSTRUCTION, INPUT, *answers), other if pairs else "load_sft reads them.")
-    for name in (INSTRUCTION, INPUT, *answers, SYSTEM, DB_ID):
+    for name in (INSTRUCTION, INPUT, *answers, SYSTEM, DB_ID, ADAPTER, POLICY_HASH, CHOSEN_FROM):
         feature = dataset.features.get(name, Value("string"))
         nullable = name not in answers and feature == Value("null")
         if feature not in (Value("string"), Value("large_string")) and not nullable:
@@ -170,7 +181,7 @@ def _records(dataset: Dataset, answers: tuple[str, ...]) -> Iterator[dict[str, A
             _check_answers(record, answers, row)
             if HISTORY in record:
                 check_history([record[HISTORY]], lambda problem, _, row=row: UserError(f"Row {row}: {problem}"))
-            yield {name: ([] if name == HISTORY else "") if value is None else value for name, value in record.items()}
+            yield {name: NULLS.get(name, "") if value is None else value for name, value in record.items()}
             row += 1
 
 

@@ -1,8 +1,8 @@
 """From a list of rejects a row to one preference pair a row, with every drop counted by its cause."""
 
 import os
-from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +11,11 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from t2s_pref.cache import cached_map
 from t2s_pref.columns import (
     ALTERNATIVES,
+    ANSWERS,
     CHOSEN,
+    CHOSEN_FROM,
+    COT,
+    COT_STATUS,
     DIALECT,
     DISTANCE,
     GOLD_DETAIL,
@@ -36,12 +40,13 @@ from t2s_pref.columns import (
     each_split,
 )
 from t2s_pref.errors import UserError
-from t2s_pref.settings import DEDUPS, SELECTS
+from t2s_pref.pairing import GOLD, Answer, Reject, check_chosen, chosen_answers, pair_up, proven_right
+from t2s_pref.settings import DEDUPS, SAMPLING_DEFAULTS, SELECTS
 from t2s_pref.sql import check_dialect, normalize_sql
 from t2s_pref.verdicts import VERDICTS, WRONG
 
 # Raise it when the same rows give other pairs: results of older code are then not served.
-PAIRS_VERSION = 2
+PAIRS_VERSION = 3
 
 # Why a reject is not kept, if not for its verdict; the empty string where it is.
 KEPT = ""
@@ -49,8 +54,10 @@ EMPTY = "empty"
 SAME_AS_GOLD = "same_as_gold"
 DUPLICATE = "duplicate"
 NOT_SELECTED = "not_selected"
+NO_CHOSEN = "no_chosen"
 
 DROP = "drop_cause"
+MATE = "chosen_place"
 
 
 def explode_rejected(
@@ -59,38 +66,49 @@ def explode_rejected(
     dialect: str = "sqlite",
     *,
     keep: Collection[str] | None = None,
+    chosen: str = "gold",
     select: str = "first",
     max_per_row: int | None = None,
+    seed: int = SAMPLING_DEFAULTS["seed"],
     cache_dir: str | os.PathLike[str] | None = None,
     **map_kwargs: Any,
 ) -> Dataset | DatasetDict:
     """One preference pair a row from each row's list of rejects.
 
-    A reject that equals a gold after normalisation, or is empty, is never kept, whatever the arguments.
+    A reject that equals a gold after normalisation, or is empty, is never kept, whatever the arguments. Where the
+    candidates have reasoning (`answers`), both sides of a pair do: a right candidate's, or a chain of thought of the
+    gold (`cot`).
 
     Args:
         dataset: columns read: `output` (`str`, the gold), `rejected` (`list[str]`), and where present `alternatives`
             (`list[str]`, further accepted golds), `dialect` (`str`, the sqlglot name of the row's SQL dialect), what
-            `generate_rejected` notes a candidate, and what `verify_rejected` found.
+            `generate_rejected` notes a candidate, what `verify_rejected` found, and the `cot` (`list[str]`) of
+            `generate_cot`.
         dedup: which rejects of one row count as one: `none`, `exact` (after strip) or `normalized` (by sqlglot: case,
             spacing, comments).
         dialect: SQL dialect of rows without one of their own.
         keep: the verdicts whose rejects are kept; by default `WRONG`, those proven wrong. Rejects that were not
             verified have no verdict, and are kept whatever they are.
-        select: which come first where a row has more than `max_per_row`: `first` as sampled, `hardest` the least
-            distant from the gold, `diverse` those of other verdicts and other results.
-        max_per_row: how many rejects of one row are kept; by default all.
+        chosen: `gold`; `own`, a candidate of the model that is proven right and is another text than the gold; or
+            `own_or_gold`, the gold where the model has none. Of several, each is chosen as often as the others.
+        select: which pairs come first where a row has more than `max_per_row`, and which right answer a reject is
+            paired with: `first` as sampled, `hardest` the two whose syntax trees differ least, `diverse` rejects of
+            other verdicts and other results, `closest_length` the least difference in characters, `random` by `seed`.
+        max_per_row: how many pairs of one row are kept; by default one for each reject.
+        seed: of `random`.
         cache_dir: folder of results, by default `t2s_pref` under `HF_HOME`.
         **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
 
     Returns:
         The source columns of each row, once a kept reject, with `chosen` (`str`, the gold), `rejected` (`str`),
         `rejected_index` (`int64`, its place in the list); where kept `raw_answer` (`str`, the whole answer), and where
-        verified `verdict`, `verdict_detail` (`str`) and `distance` (`float64`). What else was noted a candidate
+        verified `verdict`, `verdict_detail` (`str`) and `distance` (`float64`). With reasoning, or another `chosen`
+        than the gold, also `chosen_from` (`str`, `gold` or `own`). What else was noted a candidate
         (`candidate_status`, `generated_tokens`, `generation_seconds`, `result_digest`) or a gold is left out.
 
     Raises:
-        [`UserError`]: on an unknown `dedup`, `dialect`, `select` or verdict, on missing columns, on `num_proc`.
+        [`UserError`]: on an unknown `dedup`, `dialect`, `chosen`, `select` or verdict, on missing columns, on
+            `num_proc`.
 
     >>> from datasets import Dataset
     >>> rows = Dataset.from_dict({"output": ["SELECT 1"], "rejected": [["SELECT 2", "select 1;", "SELECT  2"]]})
@@ -104,21 +122,25 @@ def explode_rejected(
             dedup,
             dialect,
             keep=keep,
+            chosen=chosen,
             select=select,
             max_per_row=max_per_row,
+            seed=seed,
             cache_dir=cache_dir,
             **map_kwargs,
         )
         features = {name: feature for name, feature in marked.features.items() if name not in (*NOTES, RAW)}
         features |= {CHOSEN: Value("string"), REJECTED: Value("string"), REJECTED_INDEX: Value("int64")}
         features |= {name: feature for name, feature in EXPLODED.items() if name in marked.column_names}
+        if chosen != GOLD or ANSWERS in marked.column_names:
+            features |= {CHOSEN_FROM: Value("string")}
         if RAW in marked.column_names:
             features |= {RAW_ANSWER: Value("string")}
         return cached_map(
             marked,
-            _explode,
+            partial(_explode, say_from=CHOSEN_FROM in features),
             step="pairs",
-            key={"version": PAIRS_VERSION},
+            key={"version": PAIRS_VERSION, "chosen": chosen},
             features=Features(features),
             remove_columns=[name for name in marked.column_names if name not in features],
             cache_dir=cache_dir,
@@ -134,21 +156,26 @@ def mark_drops(
     dialect: str,
     *,
     keep: Collection[str] | None = None,
+    chosen: str = GOLD,
     select: str = "first",
     max_per_row: int | None = None,
+    seed: int = SAMPLING_DEFAULTS["seed"],
     cache_dir: str | os.PathLike[str] | None = None,
     **map_kwargs: Any,
 ) -> Dataset:
-    """Add `drop_cause` (`list[str]`, one a reject): why it is not kept, or `""` where it is."""
+    """Add `drop_cause` (`list[str]`, one a reject): why it is not kept, or `""` where it is; and `chosen_place`
+    (`list[int64]`): where the answer is that is chosen against it, among the candidates or, from -1 down, the gold's.
+    """
     if dedup not in DEDUPS:
         raise UserError(f"dedup is {dedup!r}; it must be one of {', '.join(DEDUPS)}.")
     check_dialect(dialect)
     _check_rejects(dataset)
     kept = _check_keep(dataset, keep)
-    _check_select(dataset, select, max_per_row)
+    _check_chosen(dataset, chosen)
+    _check_select(dataset, chosen, select, max_per_row)
 
     def mark(rows: dict[str, list]) -> dict[str, list]:
-        causes = []
+        causes, mates = [], []
         for row in range(len(rows[OUTPUT])):
             others = rows[ALTERNATIVES][row] or () if ALTERNATIVES in rows else ()
             golds = [gold for gold in (rows[OUTPUT][row], *others) if gold]
@@ -161,20 +188,62 @@ def mark_drops(
                     f"A row has {len(rejects)} rejects and {len(found)} verdicts; verify_rejected judges all."
                 )
             causes.append(drop_causes(golds, rejects, dedup, own, found, kept))
-            notes = {name: rows[name][row] for name in (DISTANCE, VERDICT, RESULT_DIGEST) if name in rows}
-            _drop_beyond(causes[-1], select, max_per_row, notes)
-        return {DROP: causes}
+            pairs = _pairs_of({name: values[row] for name, values in rows.items()}, causes[-1])
+            mates.append([pairs.get(place, 0) for place in range(len(rejects))])
+        return {DROP: causes, MATE: mates}
 
-    chosen = {"keep": sorted(kept), "select": select, "max_per_row": max_per_row}
+    def _pairs_of(row: dict[str, Any], causes: list[str]) -> dict[int, int]:
+        """The chosen answer of each reject that is kept; the others are marked."""
+        answers, rejects = _sides(row, causes, chosen)
+        own = row.get(DIALECT) or dialect
+        pairs = pair_up(answers, rejects, select, max_per_row, dialect=own, seed=seed)
+        for place, cause in enumerate(causes):
+            if cause == KEPT and place not in pairs:
+                causes[place] = NOT_SELECTED if answers else NO_CHOSEN
+        return pairs
+
+    texts = List(Value("string"))
+    options = {"keep": sorted(kept), "chosen": chosen, "select": select, "max_per_row": max_per_row, "seed": seed}
     return cached_map(
         dataset,
         mark,
         step="marked",
-        key={"version": PAIRS_VERSION, "dedup": dedup, "dialect": dialect, **chosen},
-        features=Features({**dataset.features, REJECTED: List(Value("string")), DROP: List(Value("string"))}),
+        key={"version": PAIRS_VERSION, "dedup": dedup, "dialect": dialect, **options},
+        features=Features({**dataset.features, REJECTED: texts, DROP: texts, MATE: List(Value("int64"))}),
         cache_dir=cache_dir,
         map_kwargs={"desc": "Comparing with the gold", **map_kwargs},
     )
+
+
+def _sides(row: dict[str, Any], causes: list[str], chosen: str) -> tuple[list[Answer], list[Reject]]:
+    """What of a row may be chosen, and the rejects that are kept so far."""
+    sqls = row[REJECTED] or []
+    reasons = ANSWERS in row
+    texts = row[ANSWERS] or [] if reasons else sqls
+    if len(texts) != len(sqls):
+        raise UserError(f"A row has {len(sqls)} rejects and {len(texts)} {ANSWERS}; each reject has its answer there.")
+    found = row.get(VERDICT) or [""] * len(sqls)
+    digests = row.get(RESULT_DIGEST) or [""] * len(sqls)
+    distances = row.get(DISTANCE) or [0.0] * len(sqls)
+    rejects = [
+        Reject(place, texts[place], sqls[place], found[place], digests[place], distances[place])
+        for place, cause in enumerate(causes)
+        if cause == KEPT
+    ]
+    right = proven_right("fenced" if reasons else "sql")
+    own = [Answer(place, texts[place], sqls[place]) for place, verdict in enumerate(found) if verdict in right]
+    of_gold = (row.get(COT) or []) if reasons else [row[OUTPUT]]
+    golds = [Answer(-1 - number, text, row[OUTPUT]) for number, text in enumerate(of_gold)]
+    return chosen_answers(chosen, own, golds), rejects
+
+
+def _check_chosen(dataset: Dataset, chosen: str) -> None:
+    check_chosen(chosen)
+    if chosen != GOLD:
+        check_columns(dataset, (VERDICT,), f"chosen={chosen!r} needs what verify_rejected adds.")
+    elif ANSWERS in dataset.column_names:
+        way_out = "the candidates have reasoning, so the gold needs it too: generate_cot adds it, or chosen='own'."
+        check_columns(dataset, (COT,), way_out)
 
 
 def _check_rejects(dataset: Dataset) -> None:
@@ -183,7 +252,8 @@ def _check_rejects(dataset: Dataset) -> None:
     if feature in STRINGS:
         raise UserError("Column 'rejected' holds one reject a row: these are pairs already; explode comes before.")
     check_string_lists(dataset, REJECTED)
-    check_string_lists(dataset, ALTERNATIVES)
+    for name in (ALTERNATIVES, ANSWERS, COT):
+        check_string_lists(dataset, name)
     check_strings(dataset, OUTPUT)
     check_dialects(dataset)
 
@@ -204,15 +274,15 @@ def check_verdicts(keep: Collection[str]) -> tuple[str, ...]:
     return kept
 
 
-def _check_select(dataset: Dataset, select: str, max_per_row: int | None) -> None:
+def _check_select(dataset: Dataset, chosen: str, select: str, max_per_row: int | None) -> None:
     if select not in SELECTS:
         raise UserError(f"select is {select!r}; it must be one of {', '.join(SELECTS)}.")
     if max_per_row is None:
-        if select != "first":
+        if select != "first" and chosen == GOLD and COT not in dataset.column_names:
             raise UserError(f"select={select!r} chooses among more rejects than max_per_row, which is not given.")
     elif not isinstance(max_per_row, int) or max_per_row < 1:
         raise UserError(f"max_per_row is {max_per_row!r}; it must be 1 or more.")
-    needed = {"first": (), "hardest": (DISTANCE,), "diverse": (VERDICT, RESULT_DIGEST)}[select]
+    needed = {"hardest": (DISTANCE,), "diverse": (VERDICT, RESULT_DIGEST)}.get(select, ())
     check_columns(dataset, needed, f"select={select!r} needs what verify_rejected adds.")
 
 
@@ -250,47 +320,26 @@ def drop_causes(
     return causes
 
 
-def _drop_beyond(causes: list[str], select: str, most: int | None, notes: dict[str, list]) -> None:
-    """Mark what is kept beyond the `most` that come first."""
-    kept = [place for place, cause in enumerate(causes) if cause == KEPT]
-    if most is None or len(kept) <= most:
-        return
-    if select == "hardest":
-        kept.sort(key=lambda place: notes[DISTANCE][place])
-    elif select == "diverse":
-        kept = _diverse(kept, notes[VERDICT], notes[RESULT_DIGEST])
-    for place in kept[most:]:
-        causes[place] = NOT_SELECTED
-
-
-def _diverse(places: list[int], found: list[str], digests: list[str]) -> list[int]:
-    """`places` such that each next one's result, then its verdict, is the one seen least before it."""
-    results: Counter[tuple[str, str]] = Counter()
-    kinds: Counter[str] = Counter()
-    ordered = []
-    left = list(places)
-    while left:
-        place = min(left, key=lambda each: (results[found[each], digests[each]], kinds[found[each]], each))
-        left.remove(place)
-        ordered.append(place)
-        results[found[place], digests[place]] += 1
-        kinds[found[place]] += 1
-    return ordered
-
-
 # What belongs to a candidate, a gold or a run, and not to a pair.
-NOTES = (STATUS, TOKENS, SECONDS, RESULT_DIGEST, GOLD_VERDICT, GOLD_DETAIL, DROP)
+NOTES = (STATUS, TOKENS, SECONDS, RESULT_DIGEST, GOLD_VERDICT, GOLD_DETAIL, DROP, MATE, ANSWERS, COT, COT_STATUS)
 # What a pair takes from the lists of its row.
 EXPLODED = {VERDICT: Value("string"), VERDICT_DETAIL: Value("string"), DISTANCE: Value("float64")}
 
 
-def _explode(rows: dict[str, list]) -> dict[str, list]:
+def _explode(rows: dict[str, list], say_from: bool) -> dict[str, list]:
     count = len(rows[OUTPUT])
     kept = [(row, place) for row in range(count) for place, cause in enumerate(rows[DROP][row]) if cause == KEPT]
     pairs = {name: [values[row] for row, _ in kept] for name, values in rows.items() if name not in (*NOTES, RAW)}
-    pairs[CHOSEN] = [rows[OUTPUT][row] for row, _ in kept]
-    pairs[REJECTED] = [rows[REJECTED][row][place] for row, place in kept]
+    texts = rows.get(ANSWERS, rows[REJECTED])
+    golds = rows.get(COT) if ANSWERS in rows else [[gold] for gold in rows[OUTPUT]]
+    mates = [rows[MATE][row][place] for row, place in kept]
+    pairs[CHOSEN] = [
+        texts[row][mate] if mate >= 0 else golds[row][-1 - mate] for (row, _), mate in zip(kept, mates, strict=True)
+    ]
+    pairs[REJECTED] = [texts[row][place] for row, place in kept]
     pairs[REJECTED_INDEX] = [place for _, place in kept]
+    if say_from:
+        pairs[CHOSEN_FROM] = ["own" if mate >= 0 else "gold" for mate in mates]
     for name in EXPLODED:
         if name in rows:
             pairs[name] = [rows[name][row][place] for row, place in kept]

@@ -27,3 +27,36 @@ def messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
         chat += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     question = "\n".join(part for part in (row.get(INSTRUCTION), row.get(INPUT)) if part)
     return [*chat, {"role": "user", "content": question}]
+
+
+TEACHER = """\
+Here is a question about a database.
+
+{question}
+
+This query answers it:
+```sql
+{gold}
+```
+
+Write down how one gets from the question to this query, as somebody who works it out alone: which tables and \
+columns are needed and how they join, then which conditions, groups and order the words of the question ask for. \
+Never say that a query was given. End with the query in a ```sql block."""
+
+
+def teacher_row(row: Mapping[str, Any], gold: str) -> dict[str, Any]:
+    """The row whose prompt shows a teacher the question and its gold SQL, and asks for the reasoning between them.
+
+    System message and history stay: the schema may be there.
+    """
+    question = messages({**row, SYSTEM: None, HISTORY: None})[-1]["content"]
+    return {**row, INSTRUCTION: "", INPUT: TEACHER.format(question=question, gold=gold)}
+
+
+def asked(row: Mapping[str, Any], request: str) -> dict[str, Any]:
+    """The row whose prompt ends in `request`, as it is where it does already."""
+    end = next((name for name in (INPUT, INSTRUCTION) if row.get(name)), INPUT)
+    text = row.get(end) or ""
+    if not request or text.endswith(request):
+        return dict(row)
+    return {**row, end: f"{text}\n{request}" if text else request}

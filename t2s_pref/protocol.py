@@ -69,6 +69,10 @@ class Engine(Protocol):
     def describe(self) -> str:
         """One line for people on what is sampled from; known once `identity` has been asked for."""
 
+    @property
+    def adapter_name(self) -> str:
+        """The name of the adapter or of the served model, no path; `""` where there is none."""
+
     def method(self) -> str:
         """A few words for people on how it decodes; known once something was sampled, before that it may load."""
 

@@ -17,11 +17,17 @@ from typing import Any
 from datasets import List, Value
 
 from t2s_pref.columns import (
+    ADAPTER,
+    ANSWERS,
+    FAILED,
     NO_SQL,
+    OFF_FORMAT,
     OUTPUT,
+    POLICY_HASH,
     PROMPT_TOO_LONG,
     RAW,
     REJECTED,
+    ROUND,
     SAMPLED,
     SECONDS,
     SOURCE_INDEX,
@@ -30,6 +36,7 @@ from t2s_pref.columns import (
     TRUNCATED,
 )
 from t2s_pref.files import atomic_write, own_prefix
+from t2s_pref.formats import FORMATS, AnswerFormat
 from t2s_pref.plan import cut_batches
 from t2s_pref.progress import Progress
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
@@ -56,6 +63,12 @@ WORKING = {
 # The file beside the samples that says how they were drawn: a resumed run must cut the same batches.
 RUN = "run.json"
 
+# How many tokens more than its SQL an answer with reasoning is planned to have.
+REASONING_TOKENS = 400
+
+# What is known of a candidate that there is not.
+NO_RECORD: dict[str, Any] = {"text": "", "tokens": 0, "seconds": 0.0}
+
 # Seconds between two writes to the store, where single candidates are kept.
 KEEP_AFTER = 1.0
 
@@ -68,6 +81,7 @@ class RejectSampler:
 
     def __init__(self, engine: Engine, identity: dict[str, Any], settings: SamplingSettings, keep_raw: bool) -> None:
         self.engine, self.identity, self.settings, self.keep_raw = engine, identity, settings, keep_raw
+        self.format = FORMATS[settings.answer_format]
         self.store: SampleStore | None = None
         self.budget = 0
         self._run: dict[str, Any] = {}
@@ -75,6 +89,8 @@ class RejectSampler:
         self.progress: Progress | None = None
         # Which candidates each row gets, by its position; the same for all where nothing says otherwise.
         self.wanted: list[range] | None = None
+        # Candidates that the engine could not give: asked for once in a run, and again in the next.
+        self.failed: set[bytes] = set()
 
     def key(self) -> dict[str, Any]:
         """What decides the result beside the dataset."""
@@ -97,6 +113,10 @@ class RejectSampler:
         """Types of the columns that sampling adds."""
         added = {REJECTED: List(Value("string")), STATUS: List(Value("string")), TOKENS: List(Value("int64"))}
         added[SECONDS] = Value("float64")
+        if self.format.reasons:
+            added[ANSWERS] = List(Value("string"))
+        if self.settings.round is not None:
+            added |= {ROUND: Value("int64"), ADAPTER: Value("string"), POLICY_HASH: Value("string")}
         return {**added, RAW: List(Value("string"))} if self.keep_raw else added
 
     @contextmanager
@@ -107,6 +127,7 @@ class RejectSampler:
                 folder / RUN, lambda: {"token_budget": self.engine.token_budget(), "decoding": self.engine.method()}
             )
             self._run, self.budget = run, run["token_budget"]
+            self.failed.clear()
             try:
                 yield
             finally:
@@ -155,12 +176,17 @@ class RejectSampler:
             for candidate in asked[row]
         }
         records = {of: record for of, key in keys.items() if (record := self.store.get(key)) is not None}
+        lacking = {of: key for of, key in keys.items() if of not in records and key not in self.failed}
         if self.progress:
             whole = [all((row, c) in records or (row, c) not in keys for c in asked[row]) for row in range(len(asked))]
             self.progress.found(sum(whole), len(records))
-        if len(records) < len(keys):
-            self._sample(rows, fits, asked, keys, records, context)
-        return self._columns([[records.get((row, c)) for c in asked[row]] for row in range(len(asked))])
+        if lacking:
+            self._sample(rows, fits, asked, lacking, records, context)
+            self.failed |= {key for of, key in lacking.items() if of not in records}
+        why_not = [PROMPT_TOO_LONG] * len(asked)
+        for row in fits:
+            why_not[row] = FAILED
+        return self._columns([[records.get((row, c), why_not[row]) for c in asked[row]] for row in range(len(asked))])
 
     def _sample(
         self,
@@ -174,7 +200,8 @@ class RejectSampler:
         """Add what is missing to `records` and to the store, batch by batch."""
         prompts = {row: tuple(rows[PROMPT_IDS][row]) for row in fits}
         caps = {row: int(min(self.settings.max_new_tokens, context - len(prompts[row]))) for row in fits}
-        expected = {row: min(caps[row], _likely(rows[ANSWER_TOKENS][row])) for row in fits}
+        more = REASONING_TOKENS if self.format.reasons else 0
+        expected = {row: min(caps[row], _likely(rows[ANSWER_TOKENS][row]) + more) for row in fits}
         # Batches are cut before what is known is left out, so that a resumed run decodes what was together together.
         for batch in cut_batches(
             list(prompts.values()),
@@ -187,7 +214,7 @@ class RejectSampler:
                 (row, Request(prompts[row], int(rows[ROW_SEED][row]), missing, caps[row], part.shared, expected[row]))
                 for part in batch
                 for row in [fits[part.row]]
-                if (missing := [c for c in part.candidates if (row, c) not in records])
+                if (missing := [c for c in part.candidates if (row, c) in keys])
             ]
             if wanted:
                 self._draw(wanted, keys, records)
@@ -237,24 +264,34 @@ class RejectSampler:
             self._run, self.budget = run, run["token_budget"]
             _record(self.store.folder / RUN, run)
 
-    def _columns(self, sampled: list[list[dict[str, Any] | None]]) -> dict[str, list]:
+    def _columns(self, sampled: list[list[dict[str, Any] | str]]) -> dict[str, list]:
+        """The columns of each row's candidates, which are records, or why there is none."""
         columns: dict[str, list] = {name: [] for name in self.features()}
-        for records in sampled:
-            found = [(PROMPT_TOO_LONG, "") if record is None else _sql_of(record) for record in records]
-            columns[REJECTED].append([sql for status, sql in found if status == SAMPLED])
-            columns[STATUS].append([status for status, _ in found])
-            columns[TOKENS].append([record["tokens"] if record else 0 for record in records])
-            columns[SECONDS].append(sum(record["seconds"] for record in records if record))
+        for candidates in sampled:
+            records = [NO_RECORD if isinstance(each, str) else each for each in candidates]
+            found = [(each, "", "") if isinstance(each, str) else _read(self.format, each) for each in candidates]
+            columns[REJECTED].append([sql for status, sql, _ in found if status == SAMPLED])
+            columns[STATUS].append([status for status, _, _ in found])
+            columns[TOKENS].append([record["tokens"] for record in records])
+            columns[SECONDS].append(sum(record["seconds"] for record in records))
+            if self.format.reasons:
+                columns[ANSWERS].append([answer for status, _, answer in found if status == SAMPLED])
             if self.keep_raw:
-                columns[RAW].append([record["text"] if record else "" for record in records])
+                columns[RAW].append([record["text"] for record in records])
+        if self.settings.round is not None:
+            hashed = hash_parts([json.dumps(self.identity, sort_keys=True).encode()])
+            carried = {ROUND: self.settings.round, ADAPTER: self.engine.adapter_name, POLICY_HASH: hashed}
+            columns |= {name: [value] * len(sampled) for name, value in carried.items()}
         return columns
 
 
-def _sql_of(record: dict[str, Any]) -> tuple[str, str]:
+def _read(answer_format: AnswerFormat, record: dict[str, Any]) -> tuple[str, str, str]:
+    """The status of a candidate, its SQL, and its answer as the format has it."""
     if not record["ended"]:
-        return TRUNCATED, ""
-    sql = extract_sql(record["text"])
-    return (SAMPLED, sql) if sql else (NO_SQL, "")
+        return TRUNCATED, "", ""
+    if parts := answer_format.read(record["text"]):
+        return SAMPLED, parts.sql, answer_format.write(*parts)
+    return (OFF_FORMAT if extract_sql(record["text"]) else NO_SQL), "", ""
 
 
 def _likely(gold: int) -> int:

@@ -14,8 +14,13 @@ SAMPLING_VERSION = 3
 DEFAULT_MODEL = "Qwen/Qwen3-Coder-30B-A3B-Instruct"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEDUPS = ("none", "exact", "normalized")
-SELECTS = ("first", "hardest", "diverse")
+SELECTS = ("first", "hardest", "diverse", "closest_length", "random")
+CHOSENS = ("gold", "own", "own_or_gold")
+ANSWER_FORMATS = ("sql", "fenced", "think")
 TIMEOUT, GOLD_TIMEOUT = 5.0, 30.0  # seconds that a reject and a gold may take
+
+# How far apart the seeds of two rounds are: more than any two rows of one.
+ROUND_SPAN = 1 << 80
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class SamplingSettings:
         stop (`tuple[str, ...]`, *optional*, defaults to `()`): An answer ends before the first of these texts.
         enable_thinking (`bool`, *optional*, defaults to `False`): Given to the chat template; a think block in the
             answer never becomes part of the SQL.
+        answer_format (`str`, *optional*, defaults to `"sql"`): `"fenced"` and `"think"` are answers with a chain of
+            thought, which is kept; `t2s_pref.formats` has what each looks like. Each decides `enable_thinking`.
+        round (`int`, *optional*): Of on-policy training, from 1: each has seeds of its own, and the rows carry it.
 
     Raises:
         [`UserError`]: on a value outside of its range.
@@ -52,9 +60,11 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     enable_thinking: bool = False
+    answer_format: str = "sql"
+    round: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_rejects", "seed", "max_new_tokens", "top_k"):
+        for name in ("num_rejects", "seed", "max_new_tokens", "top_k", *(() if self.round is None else ("round",))):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
                 raise UserError(f"{name} is {value!r}; it must be an integer.")
         for name in ("temperature", "top_p", "repetition_penalty"):
@@ -72,6 +82,16 @@ class SamplingSettings:
         object.__setattr__(self, "stop", stop)
         if not isinstance(self.enable_thinking, bool):
             raise UserError(f"enable_thinking is {self.enable_thinking!r}; it must be True or False.")
+        if self.answer_format not in ANSWER_FORMATS:
+            raise UserError(f"answer_format is {self.answer_format!r}; it must be one of {', '.join(ANSWER_FORMATS)}.")
+        if self.answer_format == "think":
+            object.__setattr__(self, "enable_thinking", True)
+        if self.answer_format == "fenced" and self.enable_thinking:
+            raise UserError(
+                "answer_format is 'fenced', whose reasoning is in the answer; with enable_thinking use 'think'."
+            )
+        if self.round is not None and self.round < 1:
+            raise UserError(f"round is {self.round}; it must be 1 or more.")
         if self.num_rejects < 1:
             raise UserError(f"num_rejects is {self.num_rejects}; it must be 1 or more.")
         if self.max_new_tokens < 1:
@@ -90,14 +110,19 @@ class SamplingSettings:
         """How many candidates a row gets: greedy decoding has only one answer to give."""
         return 1 if self.temperature == 0 else self.num_rejects
 
+    @property
+    def ends_with_sql(self) -> bool:
+        """Whether an answer is over where its SQL is complete: reasoning may draft in fences before it answers."""
+        return self.answer_format != "fenced"
+
     def row_seed(self, source_index: int) -> int:
-        """Seed of the row at `source_index`, spaced as in the source recipe."""
-        return self.seed + 1000 * source_index
+        """Seed of the row at `source_index`, spaced as in the source recipe; rounds lie beyond each other's rows."""
+        return self.seed + 1000 * source_index + ((self.round or 1) - 1) * ROUND_SPAN
 
     def drawing(self) -> dict[str, Any]:
         """What decides a candidate beside its row seed and number: the part of the settings that keys the store."""
         fields = asdict(self)
-        del fields["num_rejects"], fields["seed"]
+        del fields["num_rejects"], fields["seed"], fields["round"]
         return fields
 
 

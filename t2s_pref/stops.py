@@ -128,6 +128,7 @@ class Stops:
         thinking (`bool`): Whether the answer begins inside a think block: thinking is on, or the prompt ends in
             `<think>`, as some templates have it.
         decode (`Callable[[list[int]], str]`): Token ids to text, without special tokens but with think tags.
+        sql_ends (`bool`, *optional*, defaults to `True`): Whether an answer is over where its SQL is complete.
     """
 
     def __init__(
@@ -136,13 +137,14 @@ class Stops:
         stop: tuple[str, ...],
         thinking: bool,
         decode: Callable[[list[int]], str],
+        sql_ends: bool = True,
     ) -> None:
-        self._stop, self._thinking, self._decode = stop, thinking, decode
+        self._stop, self._thinking, self._decode, self._sql_ends = stop, thinking, decode, sql_ends
         # How many tokens a stop string can span, a byte each at least; 0 is all: a cut character may spoil the next.
         self._recent = max(map(len, stop), default=0) if "".join(stop).isascii() else 0
         close = tokenizer.convert_tokens_to_ids("</think>")
         self._close = None if close == tokenizer.unk_token_id else close
-        ends = {";", "`", "~", *(each[-1] for each in stop)}
+        ends = {*(";`~" if sql_ends else ""), *(each[-1] for each in stop)}
         if any(end > "\x7f" for end in ends):
             ends.add("\ufffd")  # a token that is a part of a character reads as this
         known = list(tokenizer.get_vocab().values())  # there may be gaps
@@ -161,7 +163,7 @@ class Stops:
             recent = self._decode(tokens[-self._recent :])
             if any(stop in recent for stop in self._stop):
                 return True
-        return self._may_end(tokens) and sql_complete(self._decode(tokens), self._thinking)
+        return self._sql_ends and self._may_end(tokens) and sql_complete(self._decode(tokens), self._thinking)
 
     def _may_end(self, tokens: list[int]) -> bool:
         """Whether this may be the end of the SQL; where it overlooks an odd one, the answer only goes on."""

@@ -2,17 +2,24 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 
 from t2s_pref import verdicts
 from t2s_pref.columns import (
+    ANSWERS,
+    COT,
+    FAILED,
     GOLD_VERDICT,
     NO_SQL,
+    OFF_FORMAT,
+    OUTPUT,
     PROMPT_TOO_LONG,
+    REJECTED,
     SAMPLED,
     SECONDS,
     STATUS,
@@ -21,7 +28,8 @@ from t2s_pref.columns import (
     VERDICT,
     each_split,
 )
-from t2s_pref.pairs import DROP, DUPLICATE, EMPTY, KEPT, NOT_SELECTED, SAME_AS_GOLD, mark_drops
+from t2s_pref.pairs import DROP, DUPLICATE, EMPTY, KEPT, MATE, NO_CHOSEN, NOT_SELECTED, SAME_AS_GOLD, mark_drops
+from t2s_pref.settings import SAMPLING_DEFAULTS
 
 _GOLD = "look at the golds (t2s-pref audit)"
 _LIMIT = "raise --timeout"
@@ -32,6 +40,11 @@ CAUSES = {
     TRUNCATED: ("reached the length cap", "raise --max-new-tokens"),
     PROMPT_TOO_LONG: ("prompt longer than the context", "shorten the schemas or use a model with a longer context"),
     NO_SQL: ("no SQL in the answer", "look at the answers (keep_raw); is this an instruct or fine-tuned model?"),
+    OFF_FORMAT: (
+        "reasoning or SQL out of place",
+        "look at the answers (keep_raw); was it trained on the format?",
+    ),
+    FAILED: ("the server failed", "run the same command again: only these are asked for anew"),
     EMPTY: ("empty", "look at the answers (keep_raw)"),
     SAME_AS_GOLD: ("the gold again", "raise --temperature, or sample more candidates"),
     verdicts.SAME_TEXT: ("right by its text", "raise --temperature"),
@@ -53,6 +66,7 @@ CAUSES = {
     verdicts.MISSING_FUNCTION: ("proven wrong: no such function", "add missing_function to keep"),
     verdicts.OTHER_ERROR: ("proven wrong: another error", "add other_error to keep"),
     DUPLICATE: ("duplicate in its row", "raise --temperature or --top-p"),
+    NO_CHOSEN: ("proven wrong, but no candidate is right", "sample more candidates, or --chosen own_or_gold"),
     NOT_SELECTED: ("more than --max-per-row", "raise --max-per-row"),
     verdicts.GOLD_ERROR: ("gold fails", _GOLD),
     verdicts.GOLD_TIMEOUT: ("gold takes too long", "raise --gold-timeout"),
@@ -67,10 +81,14 @@ CAUSES[MASTERED] = ("mastered: every candidate is right", "there is nothing to l
 
 UNPROVEN = "A reject differs from the gold as text; none of them was executed or proven wrong."
 
-COUNTS = ("rows", "candidates", "pairs", "mastered", "proven")
+COUNTS = ("rows", "candidates", "pairs", "mastered", "all_wrong", "proven", "longer")
 
 # From this share of the candidates on, a cause is worth a setting.
 WORTH_A_HINT = 0.1
+
+# From this share on, a difference of the lengths is a signal that training may follow; of a few pairs it is chance.
+UNEVEN = 0.25
+ENOUGH_PAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -80,8 +98,9 @@ class Summary:
     `rows` and `candidates` were asked for, `pairs` kept; `drops` counts the other candidates by cause, so that
     `pairs + sum(drops.values()) == candidates`. `rows_without_pair` counts rows by the causes that left them without.
     Where the rejects were verified, `verdicts` counts them by verdict, `golds` the rows by that of their gold,
-    `mastered` the rows all of whose candidates are right, and `proven` the pairs that are proven wrong. `tokens` were
-    generated in `seconds` of decoding, by one process each.
+    `mastered` the rows all of whose candidates are right, `all_wrong` those of which all are proven wrong, and `proven`
+    the pairs that are proven wrong. `tokens` were generated in `seconds` of decoding, by one process each. `lengths`
+    are the characters of all chosen and of all rejected answers, `longer` the pairs whose chosen answer is the longer.
     """
 
     rows: int
@@ -92,7 +111,10 @@ class Summary:
     verdicts: dict[str, int] = field(default_factory=dict)
     golds: dict[str, int] = field(default_factory=dict)
     mastered: int = 0
+    all_wrong: int = 0
     proven: int = 0
+    longer: int = 0
+    lengths: tuple[int, int] = (0, 0)
     tokens: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -112,6 +134,14 @@ class Summary:
         for causes, count in sorted(self.rows_without_pair.items(), key=lambda item: (-item[1], item[0])):
             words = " + ".join(CAUSES[cause][0] for cause in causes) or "no candidates"
             table.append((f"  by cause: {words}", f"{count:,}", _share(count, self.rows)))
+        if self.pairs:
+            mean = [total / self.pairs for total in self.lengths]
+            table.append(("characters of a chosen answer", f"{mean[0]:,.0f}", ""))
+            table.append(("characters of a rejected answer", f"{mean[1]:,.0f}", ""))
+            table.append(("pairs whose chosen answer is longer", f"{self.longer:,}", _share(self.longer, self.pairs)))
+        if self.verdicts:
+            table.append(("rows all right", f"{self.mastered:,}", _share(self.mastered, self.rows)))
+            table.append(("rows all wrong", f"{self.all_wrong:,}", _share(self.all_wrong, self.rows)))
         if self.golds:
             proof = sum(self.golds.get(verdict, 0) for verdict in verdicts.GOLD_USABLE)
             table.append(("rows whose gold can prove something", f"{proof:,}", _share(proof, self.rows)))
@@ -135,8 +165,16 @@ class Summary:
         return table
 
     def hints(self) -> list[str]:
-        """Which setting to turn, for each cause that cost a tenth of the candidates or more."""
-        return [
+        """Which setting to turn, for each cause that cost a tenth of the candidates or more, and for uneven lengths."""
+        gap = self.lengths[0] - self.lengths[1]
+        uneven = []
+        if self.pairs >= ENOUGH_PAIRS and abs(gap) > UNEVEN * max(self.lengths):
+            which = "longer" if gap > 0 else "shorter"
+            uneven.append(
+                f"chosen answers are {which} by {abs(gap) / self.pairs:,.0f} characters, which is then what is learnt; "
+                "--select closest_length with --max-per-row"
+            )
+        return uneven + [
             f"{_share(count, self.candidates)} of the candidates: {words}; {way_out}"
             for cause, (words, way_out) in CAUSES.items()
             if (count := self.drops.get(cause, 0)) and count >= WORTH_A_HINT * self.candidates
@@ -165,8 +203,10 @@ def summary(
     dialect: str = "sqlite",
     *,
     keep: Collection[str] | None = None,
+    chosen: str = "gold",
     select: str = "first",
     max_per_row: int | None = None,
+    seed: int = SAMPLING_DEFAULTS["seed"],
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Summary:
     """Count what became of every candidate of a run.
@@ -175,13 +215,14 @@ def summary(
         dataset: what `generate_rejected` or `verify_rejected` returned; columns read: `output`, `rejected`, and where
             present `alternatives`, `candidate_status`, `generated_tokens`, `generation_seconds`, `verdict` and
             `gold_verdict`.
-        dedup, dialect, keep, select, max_per_row: as given to `explode_rejected`, whose drops are counted.
+        dedup, dialect, keep, chosen, select, max_per_row, seed: as given to `explode_rejected`, whose drops are
+            counted.
     """
     parts: list[Summary] = []
-    chosen = {"keep": keep, "select": select, "max_per_row": max_per_row}
+    options = {"keep": keep, "chosen": chosen, "select": select, "max_per_row": max_per_row, "seed": seed}
 
     def count(part: Dataset) -> Dataset:
-        parts.append(_count(mark_drops(part, dedup, dialect, **chosen, cache_dir=cache_dir)))
+        parts.append(_count(mark_drops(part, dedup, dialect, **options, cache_dir=cache_dir)))
         return part
 
     each_split(dataset, count)
@@ -192,6 +233,7 @@ def summary(
     return Summary(
         **{name: sum(getattr(part, name) for part in parts) for name in COUNTS},
         **{name: _in_order(counts) if name in ("verdicts", "golds") else counts for name, counts in added.items()},
+        lengths=tuple(map(sum, zip(*(part.lengths for part in parts), strict=True))) or (0, 0),
         tokens=sum(part.tokens for part in parts),
         seconds=sum(part.seconds for part in parts),
         notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
@@ -209,15 +251,20 @@ def _count(marked: Dataset) -> Summary:
     without: Counter[tuple[str, ...]] = Counter()
     found: Counter[str] = Counter()
     golds: Counter[str] = Counter()
-    pairs = candidates = tokens = mastered = proven = 0
+    pairs = candidates = tokens = mastered = all_wrong = proven = longer = 0
+    lengths = [0, 0]
     seconds = 0.0
-    wanted = (STATUS, TOKENS, SECONDS, VERDICT, GOLD_VERDICT)
-    columns = [DROP, *(name for name in wanted if name in marked.column_names)]
+    wanted = (STATUS, TOKENS, SECONDS, VERDICT, GOLD_VERDICT, ANSWERS, COT)
+    columns = [OUTPUT, REJECTED, DROP, MATE, *(name for name in wanted if name in marked.column_names)]
     for row in marked.select_columns(columns):
         lost = [status for status in row[STATUS] if status != SAMPLED] if noted else []
         of_row = row.get(VERDICT) or []
         is_mastered = bool(of_row) and not lost and set(of_row) <= set(verdicts.RIGHT)
         mastered += is_mastered
+        all_wrong += bool(of_row) and not lost and set(of_row) <= set(verdicts.WRONG)
+        for ours, theirs in _lengths(row):
+            lengths = [lengths[0] + ours, lengths[1] + theirs]
+            longer += ours > theirs
         lost += [cause for cause in row[DROP] if cause != KEPT]
         kept = row[DROP].count(KEPT)
         causes = zip(row[DROP], of_row, strict=False)
@@ -244,11 +291,23 @@ def _count(marked: Dataset) -> Summary:
         verdicts=dict(found),
         golds=dict(golds),
         mastered=mastered,
+        all_wrong=all_wrong,
         proven=proven,
+        longer=longer,
+        lengths=tuple(lengths),
         tokens=tokens,
         seconds=seconds,
         notes=notes,
     )
+
+
+def _lengths(row: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """The characters of both sides of each pair of a row."""
+    texts = row.get(ANSWERS, row[REJECTED]) or []
+    golds = row.get(COT) or [] if ANSWERS in row else [row[OUTPUT]]
+    for place, (cause, mate) in enumerate(zip(row[DROP], row[MATE], strict=True)):
+        if cause == KEPT:
+            yield len(texts[mate] if mate >= 0 else golds[-1 - mate]), len(texts[place])
 
 
 def _share(count: int, of: int) -> str:

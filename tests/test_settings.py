@@ -84,6 +84,8 @@ def test_the_defaults_are_those_of_the_source_recipe():
         "repetition_penalty": 1.0,
         "stop": (),
         "enable_thinking": False,
+        "answer_format": "sql",
+        "round": None,
     }
 
 

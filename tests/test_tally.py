@@ -132,15 +132,18 @@ def test_the_text_has_one_line_a_number_with_aligned_columns(cache_dir):
     lines = [line for line in text.splitlines() if not line.startswith("hint")]
     assert lines == [
         UNPROVEN,
-        "rows                                      2",
-        "candidates                                4",
-        "kept as pairs                             1   25.0 %",
-        "dropped: reached the length cap           1   25.0 %",
-        "dropped: the gold again                   2   50.0 %",
-        "rows without a pair                       1   50.0 %",
-        "  by cause: the gold again                1   50.0 %",
-        "tokens generated                         40",
-        "tokens a second, a process               20",
+        "rows                                          2",
+        "candidates                                    4",
+        "kept as pairs                                 1   25.0 %",
+        "dropped: reached the length cap               1   25.0 %",
+        "dropped: the gold again                       2   50.0 %",
+        "rows without a pair                           1   50.0 %",
+        "  by cause: the gold again                    1   50.0 %",
+        "characters of a chosen answer                23",
+        "characters of a rejected answer               8",
+        "pairs whose chosen answer is longer           1  100.0 %",
+        "tokens generated                             40",
+        "tokens a second, a process                   20",
     ]
 
 

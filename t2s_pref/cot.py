@@ -1,0 +1,379 @@
+"""Chains of thought from a teacher, which sees the gold SQL and writes how one gets there: asked for, judged, kept.
+
+In DPO for SQL, pairs that carry reasoning work where bare SQL often does not (arXiv 2502.11656, 2503.19988); the model
+is first fine-tuned on chains of thought such as these.
+
+Not judged: whether the reasoning is sound. It must end in SQL that is right, and must not betray that it was given.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+
+from t2s_pref.cache import cached_map, check_map_kwargs
+from t2s_pref.columns import (
+    ALTERNATIVES,
+    ANSWERS,
+    COT,
+    COT_STATUS,
+    DB_ID,
+    DIALECT,
+    HISTORY,
+    INPUT,
+    INSTRUCTION,
+    OUTPUT,
+    REJECTED,
+    REQUIRED,
+    SAMPLED,
+    SOURCE_INDEX,
+    STATUS,
+    SYSTEM,
+    VERDICT,
+    check_columns,
+    check_string_lists,
+    each_split,
+)
+from t2s_pref.databases import DatabasesLike
+from t2s_pref.engines import TransformersEngine
+from t2s_pref.errors import UserError
+from t2s_pref.formats import FORMATS, check_reasoning
+from t2s_pref.generate import sample_rows
+from t2s_pref.pairs import DUPLICATE
+from t2s_pref.pool import Bounds
+from t2s_pref.prompts import PROMPT_COLUMNS, asked, messages, teacher_row
+from t2s_pref.protocol import Engine
+from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT, SamplingSettings
+from t2s_pref.sql import check_dialect, normalize_sql
+from t2s_pref.tally import CAUSES
+from t2s_pref.verdicts import RIGHT
+from t2s_pref.verifier import statement_of
+from t2s_pref.verify import open_verifier, verify_with
+
+# Raise it when the same answers of a teacher give other chains of thought.
+COT_VERSION = 1
+
+DEFAULTS = SamplingSettings(num_rejects=2, max_new_tokens=2048, answer_format="fenced")
+
+# What became of a sample beside how its sampling or its verdict ended.
+KEPT = "kept"
+BETRAYS = "betrays"
+DIFFERS = "differs"
+WORDS = {
+    BETRAYS: "speaks of a query or an answer that was given",
+    DIFFERS: "its SQL is another text than the gold",
+}
+
+_THING = r"(?:sql|sqlite|quer(?:y|ies)|answers?|solutions?|statements?|code|outputs?)"
+_KNOWN = r"(?:given|provided|supplied|reference|gold(?:en)?|expected|target|ground[- ]truth|stated|presented)"
+_BETRAYALS = (
+    rf"\b{_KNOWN}\s+(?:\w+\s+){{0,2}}?{_THING}\b",
+    rf"\b{_THING}\s+(?:(?:that|which)\s+)?(?:(?:is|was|were|has been|have been|i was|we were|you)\s+)?"
+    rf"(?:already\s+)?(?:given|provided|supplied|gave)\b",
+    rf"\b(?:correct|right|final|above|following|that|this)\s+{_THING}\s+(?:is|was)\s+(?:already\s+)?(?:given|provided|above)",
+    rf"\b{_THING}\s+(?:above|shown above|in the prompt|in the (?:task|question))\b",
+    r"\bground[- ]truth\b|\banswer key\b|\b(?:was|were|am|are|been) (?:given|told|shown) (?:the|a|this) (?:\w+ )?"
+    rf"{_THING}\b",
+    r"(?:给定|给出|提供|参考|标准|正确|已知)的?\s*(?:SQL|查询|答案|语句|解答)|(?:SQL|查询|答案|语句)已(?:经)?(?:给出|给定|提供)",
+)
+_BETRAYAL = re.compile("|".join(_BETRAYALS), re.I)
+
+
+def betrayal(reasoning: str) -> str:
+    """The words that tell of a query or an answer that was given, `""` where there are none.
+
+    >>> betrayal("The given query counts books."), betrayal("Books of a given author are counted.")
+    ('given query', '')
+    """
+    found = _BETRAYAL.search(" ".join(reasoning.split()))
+    return found.group() if found else ""
+
+
+def generate_cot(
+    dataset: Dataset | DatasetDict,
+    teacher: Engine | str,
+    settings: SamplingSettings = DEFAULTS,
+    *,
+    databases: DatabasesLike | None = None,
+    dialect: str = "sqlite",
+    timeout: float = TIMEOUT,
+    gold_timeout: float = GOLD_TIMEOUT,
+    database_version: str | None = None,
+    workers: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **map_kwargs: Any,
+) -> Dataset | DatasetDict:
+    """Have a teacher write, for each row, the reasoning that leads from the question to its gold SQL.
+
+    The teacher sees schema, question and gold, and is asked for reasoning that does not say so. A sample is kept where
+    its format is right, the SQL that it ends in is the gold's equal, and its words betray nothing. Cached and resumed
+    like `generate_rejected`.
+
+    Args:
+        dataset: columns read: as for `generate_rejected`, and with `databases` as for `verify_rejected`.
+        teacher: an engine; a `str` is a folder or Hub id.
+        settings: `num_rejects` samples a row, and in `answer_format` what is kept: `fenced` or `think`. The teacher
+            itself always writes plain text with a block, and what it thinks before is no part of it.
+        databases: where the SQL is run and compared with the gold's result; without, its normalised text is compared.
+        dialect: SQL dialect of rows without one of their own, by its sqlglot name; where nothing is run.
+        timeout, gold_timeout, database_version, workers: as for `verify_rejected`.
+        cache_dir: folder of results and samples, by default `t2s_pref` under `HF_HOME`.
+        **map_kwargs: `desc`, `writer_batch_size` and `load_from_cache_file` of `Dataset.map`.
+
+    Returns:
+        The dataset with these columns added, in the same order, `explode_cot` makes rows to train on of it:
+
+        - `cot` (`list[str]`): the samples that were kept, reasoning and SQL, each once;
+        - `cot_status` (`list[str]`, one a sample): `kept`, or why not: how the sampling ended, the verdict on its SQL,
+          `differs` (where nothing is run), `betrays` or `duplicate`.
+
+    Raises:
+        [`UserError`]: on missing columns, an `answer_format` without reasoning, and on what `generate_rejected` and
+            `verify_rejected` refuse.
+
+    >>> from t2s_pref import demo_files, load_sft
+    >>> rows = load_sft(demo_files().train).select(range(2))
+    >>> rows = generate_cot(rows, demo_files().reasoner, databases=demo_files().databases)
+    >>> set(map(len, rows["cot_status"]))
+    {2}
+    """
+    check_reasoning(settings.answer_format)
+    check_map_kwargs(map_kwargs)
+    check_dialect(dialect)
+    engine = TransformersEngine(teacher) if isinstance(teacher, str | os.PathLike) else teacher
+    bounds = Bounds(timeout, gold_timeout)
+
+    def generate(part: Dataset) -> Dataset:
+        check_columns(part, REQUIRED, "load_sft makes them from alpaca files.")
+        written = replace(settings, answer_format="fenced", enable_thinking=False)
+        if databases is None:
+            sampled = sample_rows(_taught(part, cache_dir), engine, written, False, cache_dir, dict(map_kwargs))
+            return _kept(part, sampled, settings.answer_format, dialect, cache_dir)
+        # opened before anything is sampled: what is wrong with the databases shows at once
+        with open_verifier(part, databases, bounds, database_version, workers, cache_dir) as verifier:
+            sampled = sample_rows(_taught(part, cache_dir), engine, written, False, cache_dir, dict(map_kwargs))
+            judged = verify_with(verifier, sampled, cache_dir, {})
+        return _kept(part, judged, settings.answer_format, dialect, cache_dir)
+
+    return each_split(dataset, generate)
+
+
+def _taught(dataset: Dataset, cache_dir: str | os.PathLike[str] | None) -> Dataset:
+    """The rows as a teacher sees them, with what their golds are judged by and nothing else."""
+    used = (*REQUIRED, SYSTEM, HISTORY, ALTERNATIVES, DB_ID, DIALECT, SOURCE_INDEX)
+    narrow = dataset.select_columns([name for name in used if name in dataset.column_names])
+
+    def teach(rows: dict[str, list]) -> dict[str, list]:
+        names = [name for name in (*PROMPT_COLUMNS, OUTPUT) if name in rows]
+        each = (dict(zip(names, values, strict=True)) for values in zip(*(rows[name] for name in names), strict=True))
+        done = [teacher_row(row, statement_of(row[OUTPUT] or "")) for row in each]
+        return {name: [row[name] for row in done] for name in (INSTRUCTION, INPUT)}
+
+    return cached_map(
+        narrow,
+        teach,
+        step="taught",
+        key={"version": COT_VERSION, "prompt": teacher_row({}, "")[INPUT]},
+        features=Features({**narrow.features, INSTRUCTION: Value("string"), INPUT: Value("string")}),
+        cache_dir=cache_dir,
+        map_kwargs={"desc": "Writing to the teacher"},
+    )
+
+
+def _kept(
+    dataset: Dataset, sampled: Dataset, answer_format: str, dialect: str, cache_dir: str | os.PathLike[str] | None
+) -> Dataset:
+    """The rows with the chains of thought that are kept of the samples, and what became of each sample."""
+
+    def keep(rows: dict[str, list]) -> dict[str, list]:
+        columns: dict[str, list] = {COT: [], COT_STATUS: []}
+        for values in zip(*rows.values(), strict=True):
+            kept, statuses = _judged(dict(zip(rows, values, strict=True)), answer_format, dialect)
+            columns[COT].append(kept)
+            columns[COT_STATUS].append(statuses)
+        return columns
+
+    added = {COT: List(Value("string")), COT_STATUS: List(Value("string"))}
+    judged = cached_map(
+        sampled,
+        keep,
+        step="cot",
+        key={"version": COT_VERSION, "answer_format": answer_format, "dialect": dialect},
+        features=Features(added),
+        remove_columns=[name for name in sampled.column_names if name not in added],
+        cache_dir=cache_dir,
+        map_kwargs={"desc": "Keeping chains of thought"},
+    )
+    before = dataset.select_columns([name for name in dataset.column_names if name not in added])
+    result = concatenate_datasets([before, judged], axis=1)
+    lines = dataset.info.description.splitlines()
+    told = [line for line in sampled.info.description.splitlines() if line not in lines]
+    told = [line.replace("generate_rejected: ", "generate_cot: ") for line in told]
+    result.info.description = "\n".join([*lines, *told])
+    return result
+
+
+def _judged(row: Mapping[str, Any], answer_format: str, dialect: str) -> tuple[list[str], list[str]]:
+    """The chains of thought of one row that are kept, and what became of each sample."""
+    usable = iter(zip(row[ANSWERS], row[REJECTED], row.get(VERDICT) or [None] * len(row[REJECTED]), strict=True))
+    dialect = row.get(DIALECT) or dialect
+    golds = [statement_of(text) for text in (row[OUTPUT], *(row.get(ALTERNATIVES) or ())) if text]
+    same = {normalize_sql(gold, dialect) for gold in golds}
+    kept: dict[str, None] = {}
+    statuses = []
+    for status in row[STATUS]:
+        if status == SAMPLED:
+            answer, sql, verdict = next(usable)
+            reasoning = FORMATS["fenced"].read(answer).reasoning
+            text = FORMATS[answer_format].write(reasoning, sql)
+            if verdict is None and normalize_sql(statement_of(sql), dialect) not in same:
+                status = DIFFERS
+            elif verdict is not None and verdict not in RIGHT:
+                status = verdict
+            elif betrayal(reasoning):
+                status = BETRAYS
+            elif text in kept:
+                status = DUPLICATE
+            else:
+                status = KEPT
+                kept[text] = None
+        statuses.append(status)
+    return list(kept), statuses
+
+
+def explode_cot(
+    dataset: Dataset | DatasetDict,
+    answer_format: str = DEFAULTS.answer_format,
+    max_per_row: int | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Dataset | DatasetDict:
+    """One supervised row for each chain of thought that was kept: `save_llamafactory` writes them.
+
+    Args:
+        dataset: what `generate_cot` returned.
+        answer_format: as it was there: `fenced` makes `input` end in the request for it, as in `generate_rejected`.
+        max_per_row: how many chains of thought of one row; by default all.
+
+    Returns:
+        The source columns of each row, once a chain of thought, which is `output` now.
+
+    Raises:
+        [`UserError`]: on missing columns, an unknown `answer_format`, and on `num_proc`.
+
+    >>> from datasets import Dataset
+    >>> rows = {"instruction": [""], "input": ["How many?"], "output": ["SELECT 1"], "cot": [["<think>...</think>"]]}
+    >>> explode_cot(Dataset.from_dict(rows), "think")[0]
+    {'instruction': '', 'input': 'How many?', 'output': '<think>...</think>'}
+    """
+    request = check_reasoning(answer_format).request
+    if max_per_row is not None and (not isinstance(max_per_row, int) or max_per_row < 1):
+        raise UserError(f"max_per_row is {max_per_row!r}; it must be 1 or more.")
+
+    def explode(rows: dict[str, list]) -> dict[str, list]:
+        each = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        done = [{**asked(row, request), OUTPUT: text} for row in each for text in (row[COT] or [])[:max_per_row]]
+        return {name: [row[name] for row in done] for name in rows if name not in (COT, COT_STATUS)}
+
+    def explode_split(part: Dataset) -> Dataset:
+        check_columns(part, (*REQUIRED, COT), "generate_cot adds 'cot'.")
+        check_string_lists(part, COT)
+        features = {name: feature for name, feature in part.features.items() if name not in (COT, COT_STATUS)}
+        return cached_map(
+            part,
+            explode,
+            step="cot_rows",
+            key={"version": COT_VERSION, "request": request, "max_per_row": max_per_row},
+            features=Features(features),
+            remove_columns=[name for name in (COT, COT_STATUS) if name in part.column_names],
+            cache_dir=cache_dir,
+            map_kwargs={"desc": "One row a chain of thought"},
+        )
+
+    return each_split(dataset, explode_split)
+
+
+def attach_cot(dataset: Dataset, kept: Dataset, answer_format: str) -> Dataset:
+    """Add `cot`: for each row, the chains of thought that `kept` has for its prompt.
+
+    Args:
+        dataset: columns read: `instruction`, `input`, and where present `system` and `history`.
+        kept: supervised rows with chains of thought in `output`, as `explode_cot` makes them. Their prompts may ask
+            for the format or not.
+
+    Raises:
+        [`UserError`]: on an answer that is not of this format, and where no prompt is found in both.
+    """
+    style = check_reasoning(answer_format)
+    of: dict[str, list[str]] = {}
+    for place, row in enumerate(kept):
+        if style.read(row[OUTPUT] or "") is None:
+            shown = " ".join((row[OUTPUT] or "").split())[:60]
+            raise UserError(f"Chain of thought {place} is not in the format {answer_format!r}: {shown!r}.")
+        of.setdefault(_prompt(row, style.request), []).append(row[OUTPUT])
+    found = [of.get(_prompt(row, style.request), []) for row in dataset]
+    if not any(found):
+        raise UserError("No chain of thought is for a prompt of these rows; both must come from the same SFT data.")
+    names = [name for name in dataset.column_names if name != COT]
+    return dataset.select_columns(names).add_column(COT, found, feature=List(Value("string")))
+
+
+def _prompt(row: Mapping[str, Any], request: str) -> str:
+    return json.dumps(messages(asked(row, request)))
+
+
+@dataclass(frozen=True)
+class CotSummary:
+    """What became of a teacher's samples, by cause; prints as a table."""
+
+    rows: int
+    samples: int
+    kept: int
+    drops: dict[str, int]
+    rows_without: int
+    characters: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        def share(count: int, of: int) -> str:
+            return f"{100 * count / of:.1f} %" if of else ""
+
+        table = [("rows", self.rows, ""), ("samples", self.samples, "")]
+        table.append(("kept chains of thought", self.kept, share(self.kept, self.samples)))
+        for cause, count in self.drops.items():
+            words = WORDS.get(cause) or CAUSES[cause][0]
+            table.append((f"dropped: {words}", count, share(count, self.samples)))
+        table.append(("rows without any", self.rows_without, share(self.rows_without, self.rows)))
+        table.append(("characters of a kept one", round(self.characters / max(1, self.kept)), ""))
+        wide = max(len(label) for label, _, _ in table)
+        lines = [f"{label:<{wide}}  {count:>10,}  {part:>7}".rstrip() for label, count, part in table]
+        return "\n".join([*self.notes, *lines])
+
+
+def cot_summary(dataset: Dataset | DatasetDict) -> CotSummary:
+    """Count what became of the samples of `generate_cot`; columns read: `cot`, `cot_status`."""
+    rows: list[tuple[list[str], list[str]]] = []
+    notes: dict[str, None] = {}
+
+    def read(part: Dataset) -> Dataset:
+        check_columns(part, (COT, COT_STATUS), "generate_cot adds them.")
+        rows.extend(zip(part[COT][:], part[COT_STATUS][:], strict=True))
+        notes.update(dict.fromkeys(part.info.description.splitlines()))
+        return part
+
+    each_split(dataset, read)
+    counts = Counter(status for _, statuses in rows for status in statuses)
+    return CotSummary(
+        rows=len(rows),
+        samples=counts.total(),
+        kept=counts.pop(KEPT, 0),
+        drops=dict(counts.most_common()),
+        rows_without=sum(not kept for kept, _ in rows),
+        characters=sum(len(text) for kept, _ in rows for text in kept),
+        notes=tuple(notes),
+    )

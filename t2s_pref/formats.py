@@ -1,0 +1,115 @@
+r"""What an answer looks like: SQL alone, or reasoning and then SQL. One place for sampling, export and training.
+
+- `sql`: the query. Thinking off, or on and cut away. LLaMA-Factory: `template: qwen3_nothink`.
+- `fenced`: reasoning, then the query in a ```sql block; the prompt asks for it. Thinking off, `qwen3_nothink`.
+- `think`: `<think>` reasoning `</think>`, then the query; the chat template's thinking mode does it, and the prompt
+  stays as it is. `template: qwen3` with `enable_thinking: true`.
+
+LLaMA-Factory strips a think block where thinking is off there, and trains "thoughts against no thoughts" where only one
+side has one: so both sides of a pair, and prompt, answers and training file, follow from one format.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from t2s_pref.errors import UserError
+from t2s_pref.settings import ANSWER_FORMATS
+from t2s_pref.sql import SQL_TAGS, extract_sql, fenced_blocks, without_thoughts
+
+OPEN, CLOSE = "<think>", "</think>"
+REQUEST = "First write your reasoning step by step, then end with the query in a ```sql block."
+
+
+class Reasoned(NamedTuple):
+    """The two parts of an answer."""
+
+    reasoning: str
+    sql: str
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """One way to answer.
+
+    `thinking` is what the chat template is told, `None` where both will do; `request` ends a prompt whose model would
+    not know otherwise; `template` is LLaMA-Factory's for Qwen3, the models that this package is tested with.
+    """
+
+    name: str
+    thinking: bool | None
+    request: str
+    template: str
+
+    @property
+    def reasons(self) -> bool:
+        """Whether answers carry a chain of thought."""
+        return self.name != "sql"
+
+    def write(self, reasoning: str, sql: str) -> str:
+        r"""An answer in this format, from its parts.
+
+        >>> FORMATS["think"].write("One table.", "SELECT a FROM b")
+        '<think>\nOne table.\n</think>\n\nSELECT a FROM b'
+        """
+        if self.name == "think":
+            return f"{OPEN}\n{reasoning}\n{CLOSE}\n\n{sql}"
+        return f"{reasoning}\n\n```sql\n{sql}\n```" if self.reasons else sql
+
+    def read(self, answer: str) -> Reasoned | None:
+        r"""The parts of an answer in this format, `None` where one of them is not in its place.
+
+        What comes after the SQL is left out: `write` gives the answer that is trained on.
+
+        >>> FORMATS["fenced"].read("One table.\n```sql\nSELECT a FROM b;\n```\nThat is all.")
+        Reasoned(reasoning='One table.', sql='SELECT a FROM b;')
+        >>> FORMATS["fenced"].read("SELECT a FROM b") is None
+        True
+        """
+        if self.name == "think":
+            before, close, after = answer.rpartition(CLOSE)
+            reasoning, sql = before.strip().removeprefix(OPEN).strip() if close else "", extract_sql(after)
+        elif self.reasons:
+            reasoning, sql = _before_last_block(without_thoughts(answer))
+        else:
+            return Reasoned("", sql) if (sql := extract_sql(answer)) else None
+        return Reasoned(reasoning, sql) if reasoning and sql and not _TAGS.search(reasoning) else None
+
+    def training_keys(self) -> dict[str, str | bool]:
+        """The keys of a LLaMA-Factory training file that must fit the answers.
+
+        >>> FORMATS["think"].training_keys()
+        {'template': 'qwen3', 'enable_thinking': True}
+        """
+        return {"template": self.template, **({"enable_thinking": True} if self.thinking else {})}
+
+
+FORMATS = {
+    name: AnswerFormat(name, *rest)
+    for name, *rest in (
+        ("sql", None, "", "qwen3_nothink"),
+        ("fenced", False, REQUEST, "qwen3_nothink"),
+        ("think", True, "", "qwen3"),
+    )
+}
+assert tuple(FORMATS) == ANSWER_FORMATS
+
+# A tag inside the reasoning would end or begin a think block of its own where LLaMA-Factory or a template reads it.
+_TAGS = re.compile(r"</?think>")
+
+
+def _before_last_block(text: str) -> tuple[str, str]:
+    """The text before the last fenced block that holds SQL, and that SQL."""
+    for tag, body in reversed(fenced_blocks(text)):
+        if (not tag or tag in SQL_TAGS) and (sql := extract_sql(body.strip())):
+            fence = text.rfind("```", 0, text.rfind(body))
+            return text[: max(fence, 0)].strip(), sql
+    return "", ""
+
+
+def check_reasoning(name: str) -> AnswerFormat:
+    """The format of that name, which must be one with reasoning."""
+    if name not in FORMATS or not FORMATS[name].reasons:
+        allowed = ", ".join(each.name for each in FORMATS.values() if each.reasons)
+        raise UserError(f"answer_format is {name!r}; a chain of thought has one of {allowed}.")
+    return FORMATS[name]

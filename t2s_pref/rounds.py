@@ -1,0 +1,121 @@
+"""On-policy training goes in rounds: sample, prove, train, sample again with the new adapter. Their pairs merge here.
+
+Each round samples with seeds of its own (`SamplingSettings.round`), and its pairs carry the round, the adapter's name
+and the hash of the policy that wrote them. Training itself is another program's.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+
+from t2s_pref.columns import (
+    ADAPTER,
+    CHOSEN,
+    CHOSEN_FROM,
+    DB_ID,
+    HISTORY,
+    INPUT,
+    INSTRUCTION,
+    POLICY_HASH,
+    REJECTED,
+    ROUND,
+    STRINGS,
+    SYSTEM,
+    check_columns,
+    one_split,
+)
+from t2s_pref.errors import UserError
+from t2s_pref.load import check_history
+from t2s_pref.prompts import messages
+from t2s_pref.records import read_records
+from t2s_pref.sql import normalize_sql
+
+# What a pair carries from round to round; the first four are in every pair.
+TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED, SYSTEM, DB_ID, ADAPTER, POLICY_HASH, CHOSEN_FROM)
+CARRIED = {
+    **{name: Value("string") for name in TEXT},
+    HISTORY: List(List(Value("string"))),
+    ROUND: Value("int64"),
+}
+EXPECTED = (
+    "expected the preference pairs that t2s-pref reject wrote: instruction, input, chosen and rejected as strings"
+)
+
+
+def load_pairs(path: str | os.PathLike[str]) -> Dataset:
+    """The preference pairs of an earlier round, from the file that `save_llamafactory` wrote.
+
+    Columns: `instruction`, `input`, `chosen`, `rejected` (`str`), and where the file has them `system`, `history`,
+    `db_id`, `round` (`int64`), `adapter`, `policy_hash` and `chosen_from` (`str`).
+
+    Raises:
+        [`UserError`]: where a record is not such a pair, with its place in the file.
+    """
+    records, origin = read_records(Path(os.path.expanduser(path)), EXPECTED)
+    names = [name for name in CARRIED if name == INPUT or any(name in record for record in records)]
+    for number, record in enumerate(records):
+        for name in names:
+            value = record.get(name)
+            kind = int if name == ROUND else str
+            needed = name in (INSTRUCTION, CHOSEN, REJECTED)
+            if name == HISTORY:
+                check_history([value], lambda problem, _, number=number: origin.error(problem, number))
+            elif type(value) is not kind and (needed or value is not None):
+                raise origin.error(f"column {name!r} is {str(value)[:40]!r}; {EXPECTED}.", number)
+    missing = [name for name in (INSTRUCTION, CHOSEN, REJECTED) if name not in names]
+    if missing:
+        raise origin.error(f"column {missing[0]!r} is missing; {EXPECTED}.", 0)
+    columns = {name: [record.get(name) for record in records] for name in names}
+    columns[INPUT] = [text or "" for text in columns[INPUT]]
+    return Dataset.from_dict(columns, features=Features({name: CARRIED[name] for name in names}))
+
+
+def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
+    """The preference pairs of several rounds in one dataset, each once: the first round's, then what the next add.
+
+    Two pairs are the same where prompt, chosen and rejected answer are, the answers after normalisation. Pairs that
+    name no round are taken for the first's.
+
+    Args:
+        rounds: preference pairs with `instruction`, `input`, `chosen` and `rejected` (`str`), as `explode_rejected` and
+            `load_pairs` make them. Of their other columns, `system`, `history`, `db_id`, `round`, `adapter`,
+            `policy_hash` and `chosen_from` are kept.
+        dialect: SQL dialect of the answers, by its sqlglot name.
+
+    Raises:
+        [`UserError`]: on missing columns, and on rows that are not exploded yet.
+
+    >>> pair = {"instruction": "", "input": "How many?", "chosen": "SELECT 1", "rejected": "SELECT 2"}
+    >>> first = Dataset.from_list([pair])
+    >>> second = Dataset.from_list([{**pair, "rejected": "select 2"}, {**pair, "rejected": "SELECT 3"}])
+    >>> merge_pairs(first, second.add_column("round", [2, 2]))["rejected"][:]
+    ['SELECT 2', 'SELECT 3']
+    """
+    seen: set[str] = set()
+    merged: list[dict[str, Any]] = []
+    names = {name: None for part in rounds for name in CARRIED if name in one_split(part).column_names}
+    for part in rounds:
+        for row in _pairs(one_split(part)):
+            key = json.dumps([messages(row), *(normalize_sql(row[side], dialect) for side in (CHOSEN, REJECTED))])
+            if key not in seen:
+                seen.add(key)
+                merged.append({name: _value(name, row) for name in names})
+    features = Features({name: CARRIED[name] for name in CARRIED if name in names})
+    return Dataset.from_list(merged, features=features)
+
+
+def _pairs(part: Dataset) -> Iterator[dict[str, Any]]:
+    check_columns(part, (INSTRUCTION, INPUT, CHOSEN, REJECTED), "explode_rejected makes one row a pair.")
+    if part.features[REJECTED] not in STRINGS:
+        raise UserError("Column 'rejected' is not of strings: explode_rejected makes one row a pair, then merge.")
+    yield from part.select_columns([name for name in CARRIED if name in part.column_names])
+
+
+def _value(name: str, row: Mapping[str, Any]) -> Any:
+    if name in (HISTORY, ROUND):
+        return row.get(name) or ([] if name == HISTORY else 1)
+    return row.get(name) or ""
