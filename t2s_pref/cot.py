@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from t2s_pref.cache import cached_map, check_map_kwargs
+from t2s_pref.cache import cached_map, check_map_kwargs, without_rows
 from t2s_pref.columns import (
     ALTERNATIVES,
     ANSWERS,
@@ -58,7 +58,7 @@ from t2s_pref.verify import open_verifier, verify_with
 # Raise it when the same answers of a teacher give other chains of thought.
 COT_VERSION = 1
 
-DEFAULTS = SamplingSettings(num_rejects=2, max_new_tokens=2048, answer_format="fenced")
+DEFAULTS = SamplingSettings(answer_format="fenced")
 
 # What became of a sample beside how its sampling or its verdict ended.
 KEPT = "kept"
@@ -140,7 +140,7 @@ def generate_cot(
     >>> rows = load_sft(demo_files().train).select(range(2))
     >>> rows = generate_cot(rows, demo_files().reasoner, databases=demo_files().databases)
     >>> set(map(len, rows["cot_status"]))
-    {2}
+    {3}
     """
     check_reasoning(settings.answer_format)
     check_map_kwargs(map_kwargs)
@@ -209,6 +209,8 @@ def _kept(
         cache_dir=cache_dir,
         map_kwargs={"desc": "Keeping chains of thought"},
     )
+    if not len(dataset):  # concatenating leaves out what has no rows, its columns too
+        return without_rows(dataset, Features({**dataset.features, **added}))
     before = dataset.select_columns([name for name in dataset.column_names if name not in added])
     result = concatenate_datasets([before, judged], axis=1)
     lines = dataset.info.description.splitlines()
