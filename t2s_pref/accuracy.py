@@ -18,7 +18,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from t2s_pref import ranks
-from t2s_pref.columns import DB_ID, OUTPUT, REJECTED, REQUIRED, SAMPLED, STATUS, check_columns, one_split
+from t2s_pref.columns import DB_ID, FAILED, OUTPUT, REJECTED, REQUIRED, SAMPLED, STATUS, check_columns, one_split
 from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
@@ -126,6 +126,8 @@ def evaluate(
     with open_verifier(rows, databases, bounds, database_version, workers, cache_dir) as judge:
         for way, drawn in ways.items():
             sampled = generate_rejected(rows, engine, drawn, cache_dir=cache_dir)
+            if failed := sum(statuses.count(FAILED) for statuses in sampled[STATUS]):
+                raise UserError(f"{failed} of the answers failed and would count as wrong; run again to ask for these.")
             answers[way] = [_texts(row) for row in sampled.select_columns([REJECTED, STATUS])]
         if ranks.rank():
             return None

@@ -91,8 +91,8 @@ class Server:
     def client(self) -> Client:
         """A new client, with the key that is in the environment now."""
         key = _key()
-        # Without a token the client would send the one for the Hub, to a stranger. So it always gets one, and where
-        # there is no key, the header is taken out again.
+        # Where there is no key, the client would send the token for the Hub, to a stranger: so it is given another and
+        # does not look that up, and the header is taken out again.
         return Client(
             base_url=f"{self.url}/chat/completions",  # whole, or the client puts a /v1 into it
             token=key or "none",

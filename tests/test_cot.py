@@ -13,6 +13,7 @@ from t2s_pref import (
     TransformersEngine,
     UserError,
     cot_summary,
+    demo,
     demo_files,
     explode_cot,
     explode_rejected,
@@ -342,6 +343,18 @@ def test_sampled_anew_without_reasoning_nothing_of_it_is_left(sampled, cache):
 def test_nothing_wrong_can_be_chosen_without_databases(rows, engine, cache):
     with pytest.raises(UserError, match="needs databases"):
         generate_rejected(rows, engine, SETTINGS, chosen="own", cache_dir=cache)
+
+
+def test_the_demo_goes_from_a_teacher_to_pairs_that_reason(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "COT_ROWS", 12)
+    assert main(["demo", "--cot", "--output", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]) == 0
+    said = capsys.readouterr().out
+    sft, dpo = (json.loads((tmp_path / f"demo_cot_{name}.json").read_text()) for name in ("sft", "dpo"))
+    assert f"kept chains of thought  {len(sft):>10,}" in said
+    assert "chosen: " in said
+    assert all(FORMATS["fenced"].read(record["output"]) for record in sft)
+    assert all(FORMATS["fenced"].read(pair[side]) for pair in dpo for side in ("chosen", "rejected"))
+    assert set(json.loads((tmp_path / "dataset_info.json").read_text())) == {"demo_cot_sft", "demo_cot_dpo"}
 
 
 # -- from file to file -----------------------------------------------------------------------------------------------

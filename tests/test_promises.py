@@ -134,4 +134,7 @@ def test_the_wheel_runs_the_demo_in_an_empty_environment_from_another_folder(tmp
     written = {path.name for path in (elsewhere / "demo_output").iterdir()}
     assert written == {"demo_sft.json", "demo_dpo.json", "dataset_info.json"}
     assert "kept as pairs" in shown
+    shown = run(tmp_path / "venv" / "bin" / "t2s-pref", "demo", "--cot", cwd=elsewhere, env=environment)
+    assert {"demo_cot_sft.json", "demo_cot_dpo.json"} < {path.name for path in (elsewhere / "demo_output").iterdir()}
+    assert "kept chains of thought" in shown
     assert str(tmp_path) in run(python, "-c", "import t2s_pref; print(t2s_pref.__file__)", cwd=elsewhere)
