@@ -24,7 +24,7 @@ from t2s_pref.formats import CLOSE, OPEN
 from t2s_pref.protocol import Answer, Request, candidate_digest
 from t2s_pref.settings import SamplingSettings
 from t2s_pref.stops import complete_part
-from t2s_pref.wire import PassingError, _message
+from t2s_pref.wire import PassingError, message_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ HOPELESS = {
     404: "check base_url (--base-url) and model (--model)",
 }
 DISPENSABLE = ("chat_template_kwargs", "seed")  # left out where a server refuses them by name
+RENAMED = "max_completion_tokens"  # what some of OpenAI's models want instead of max_tokens, and say so
 ENDED = ("stop", "eos_token", "stop_sequence")  # the last two are TGI's
 
 
@@ -133,7 +134,8 @@ class Server:
             if key := _key():  # some servers repeat it
                 what = what.replace(key, "***")
             if status in (400, 422):
-                refused = [name for name in DISPENSABLE if name in text and name not in omitted]
+                names = (*DISPENSABLE, *(("max_tokens",) if RENAMED in text else ()))
+                refused = [name for name in names if name in text and name not in omitted]
                 if refused:
                     omitted = (*omitted, refused[0])
                     continue
@@ -165,6 +167,8 @@ class Server:
                     "out, and the server decides whether the model thinks."
                 )
             self.omitted += (name,)
+            if name == "max_tokens":  # goes on under its other name
+                continue
             own = "whether the model thinks" if name == "chat_template_kwargs" else "its seeds"
             self.warn(name, f"refuses {name}: it is not sent any more, and the server decides {own}.")
 
@@ -202,8 +206,12 @@ def _fields(
     model: str, request: Request, number: int, settings: SamplingSettings, omitted: tuple[str, ...]
 ) -> dict[str, Any]:
     """What is sent beside the messages: what every server knows, and the rest only where it is set."""
-    sent = {"model": model, "temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": request.cap}
+    sent = {"model": model, "temperature": settings.temperature, "top_p": settings.top_p}
     extra: dict[str, Any] = {}
+    if "max_tokens" in omitted:
+        extra[RENAMED] = request.cap
+    else:
+        sent["max_tokens"] = request.cap
     if "seed" not in omitted:
         sent["seed"] = _seed(request.row_seed, number)
     if settings.stop:
@@ -263,7 +271,7 @@ def _what(error: Exception, status: int, text: str) -> str:
     if isinstance(error, PassingError):
         return str(error)
     if status:
-        return f"answered {status}: {_message(text)}"
+        return f"answered {status}: {message_of(text)}"
     if type(error).__name__ == "OfflineModeIsEnabled":
         raise UserError("HF_HUB_OFFLINE is set, and this huggingface_hub asks no server then; unset it.") from error
     if isinstance(error, TimeoutError) and not isinstance(error.__cause__, Exception):  # asyncio's, not a connect's

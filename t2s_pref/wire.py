@@ -89,7 +89,7 @@ class Line:
         if status == 200:
             with suppress(ValueError):
                 return json.loads(text)
-        said = f"answered {status}: {_message(text)}"
+        said = f"answered {status}: {message_of(text)}"
         if status in PASSING:
             raise PassingError(said)
         hints = {400: "mend that", 401: "check VLLM_API_KEY", 403: "check VLLM_API_KEY"}
@@ -107,7 +107,7 @@ class Line:
         self.connection.close()
 
 
-def _message(text: str) -> str:
+def message_of(text: str) -> str:
     """What an error's body says, in one line: vLLM's, FastAPI's, or a proxy's page."""
     with suppress(ValueError, AttributeError):
         error = json.loads(text)

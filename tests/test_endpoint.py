@@ -207,7 +207,9 @@ def test_think_tags_stay_where_a_tokenizer_counts_them_among_its_special_tokens(
         "choices": [{"text": text, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 2, "completion_tokens": 9},
     }
-    assert endpoint._read(Request([5, 6], 1, [0], 9), hidden, False, answered)[0].text == "<think>hm</think>SELECT 1"
+    assert (
+        endpoint._read(Request([5, 6], 1, [0], 9), hidden, False, True, answered)[0].text == "<think>hm</think>SELECT 1"
+    )
 
 
 def test_a_server_that_cuts_answers_shorter_is_warned_about_once(server, requests, caplog):
