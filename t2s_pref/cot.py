@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
+from t2s_pref import ranks
 from t2s_pref.cache import cached_map, check_map_kwargs, without_rows
 from t2s_pref.columns import (
     ALTERNATIVES,
@@ -24,6 +25,7 @@ from t2s_pref.columns import (
     COT_STATUS,
     DB_ID,
     DIALECT,
+    GOLD_VERDICT,
     HISTORY,
     INPUT,
     INSTRUCTION,
@@ -43,7 +45,7 @@ from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
 from t2s_pref.formats import FORMATS, check_reasoning
-from t2s_pref.generate import sample_rows
+from t2s_pref.generate import Search, sample_rows
 from t2s_pref.pairs import DUPLICATE
 from t2s_pref.pool import Bounds
 from t2s_pref.prompts import PROMPT_COLUMNS, asked, messages, teacher_row
@@ -51,7 +53,7 @@ from t2s_pref.protocol import Engine
 from t2s_pref.settings import GOLD_TIMEOUT, TIMEOUT, SamplingSettings
 from t2s_pref.sql import check_dialect, normalize_sql
 from t2s_pref.tally import CAUSES
-from t2s_pref.verdicts import RIGHT
+from t2s_pref.verdicts import GOLD_OK, GOLD_USABLE, GOLD_VERDICTS, RIGHT
 from t2s_pref.verifier import statement_of
 from t2s_pref.verify import open_verifier, verify_with
 
@@ -130,7 +132,8 @@ def generate_cot(
 
         - `cot` (`list[str]`): the samples that were kept, reasoning and SQL, each once;
         - `cot_status` (`list[str]`, one a sample): `kept`, or why not: how the sampling ended, the verdict on its SQL,
-          `differs` (where nothing is run), `betrays` or `duplicate`.
+          `differs` (where nothing is run), `betrays` or `duplicate`; of a row whose gold proves nothing, which costs no
+          sample, the one verdict on its gold.
 
     Raises:
         [`UserError`]: on missing columns, an `answer_format` without reasoning, and on what `generate_rejected` and
@@ -156,7 +159,12 @@ def generate_cot(
             return _kept(part, sampled, settings.answer_format, dialect, cache_dir)
         # opened before anything is sampled: what is wrong with the databases shows at once
         with open_verifier(part, databases, bounds, database_version, workers, cache_dir) as verifier:
-            sampled = sample_rows(_taught(part, cache_dir), engine, written, False, cache_dir, dict(map_kwargs))
+            if verifier.key() is None and ranks.world_size() > 1:
+                raise UserError("Several processes share results by their key: a server needs database_version.")
+            # one turn: the samples of all rows but those whose gold proves nothing
+            once = Search(verifier, written.candidates, "gold")
+            sampled = sample_rows(_taught(part, cache_dir), engine, written, False, cache_dir, dict(map_kwargs), once)
+            verifier.refresh()  # rank 0 has judged for all
             judged = verify_with(verifier, sampled, cache_dir, {})
         return _kept(part, judged, settings.answer_format, dialect, cache_dir)
 
@@ -245,7 +253,8 @@ def _judged(row: Mapping[str, Any], answer_format: str, dialect: str) -> tuple[l
                 status = KEPT
                 kept[text] = None
         statuses.append(status)
-    return list(kept), statuses
+    gold = row.get(GOLD_VERDICT) or GOLD_OK
+    return list(kept), statuses if gold in GOLD_USABLE else [gold]
 
 
 def explode_cot(
@@ -331,12 +340,13 @@ def _prompt(row: Mapping[str, Any], request: str) -> str:
 
 @dataclass(frozen=True)
 class CotSummary:
-    """What became of a teacher's samples, by cause; prints as a table."""
+    """What became of a teacher's samples, by cause, and of rows whose gold proves nothing; prints as a table."""
 
     rows: int
     samples: int
     kept: int
     drops: dict[str, int]
+    not_asked: dict[str, int]
     rows_without: int
     characters: int
     notes: tuple[str, ...] = ()
@@ -350,6 +360,8 @@ class CotSummary:
         for cause, count in self.drops.items():
             words = WORDS.get(cause) or CAUSES[cause][0]
             table.append((f"dropped: {words}", count, share(count, self.samples)))
+        for verdict, count in self.not_asked.items():
+            table.append((f"rows not asked for: {CAUSES[verdict][0]}", count, share(count, self.rows)))
         table.append(("rows without any", self.rows_without, share(self.rows_without, self.rows)))
         table.append(("characters of a kept one", round(self.characters / max(1, self.kept)), ""))
         wide = max(len(label) for label, _, _ in table)
@@ -370,11 +382,13 @@ def cot_summary(dataset: Dataset | DatasetDict) -> CotSummary:
 
     each_split(dataset, read)
     counts = Counter(status for _, statuses in rows for status in statuses)
+    not_asked = {verdict: counts.pop(verdict) for verdict in GOLD_VERDICTS if verdict in counts}
     return CotSummary(
         rows=len(rows),
         samples=counts.total(),
         kept=counts.pop(KEPT, 0),
         drops=dict(counts.most_common()),
+        not_asked=not_asked,
         rows_without=sum(not kept for kept, _ in rows),
         characters=sum(len(text) for kept, _ in rows for text in kept),
         notes=tuple(notes),

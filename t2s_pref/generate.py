@@ -236,7 +236,7 @@ def sample_rows(
     told = f"generate_rejected: {engine.describe()}"
     if method := sampler.method(samples):
         told += f"; {method}"
-    if search:
+    if search and search.most > settings.candidates:
         told += f"; until {settings.num_rejects} are proven wrong"
         told += f"{' and one right' if search.chosen != 'gold' else ''}, at most {search.most} candidates a row"
     result.info.description = "\n".join(line for line in (dataset.info.description, told) if line)

@@ -426,7 +426,18 @@ def test_options_that_do_not_go_together_are_one_line_and_code_2(run, tmp_path, 
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_teacher_that_is_never_right_writes_no_file(run, tmp_path, capsys):
+def test_rows_whose_gold_proves_nothing_cost_the_teacher_no_token(rows, cache):
+    engine = TransformersEngine(FILES.reasoner, device="cpu")
+    bad = rows.select(range(2)).map(lambda row: {"output": "SELECT nothing FROM nowhere"})
+    taught = generate_cot(bad, engine, SETTINGS, databases=FILES.databases, cache_dir=cache)
+    assert taught["cot_status"][:] == [["gold_error"]] * 2
+    assert engine.work.generated == 0
+    told = cot_summary(taught)
+    assert (told.samples, told.kept, told.not_asked) == (0, 0, {"gold_error": 2})
+    assert re.search("rows not asked for: gold fails +2 ", str(told))
+
+
+def test_a_teacher_without_one_right_answer_writes_no_file(run, tmp_path, capsys):
     path = tmp_path / "wrong.json"
     records = json.loads(Path(FILES.train).read_text(encoding="utf-8"))[:2]
     path.write_text(json.dumps([{**record, "output": "SELECT nothing FROM nowhere"} for record in records]))
