@@ -8,6 +8,7 @@ from sqlite3 import connect
 
 import pytest
 from datasets import Dataset, DatasetDict
+from transformers_serve import TransformersServe
 
 from t2s_pref import (
     SamplingSettings,
@@ -424,6 +425,32 @@ def test_options_that_do_not_go_together_are_one_line_and_code_2(run, tmp_path, 
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out.json").exists()
+
+
+def test_teacher_and_policy_may_be_behind_an_endpoint(tmp_path, cache, capsys):
+    with TransformersServe(FILES.reasoner, tmp_path) as server:
+        at = ("--base-url", f"http://127.0.0.1:{server.port}/v1", "--model", server.model)
+        common = (
+            "--sft-data",
+            FILES.train,
+            "--max-samples",
+            6,
+            "--max-new-tokens",
+            200,
+            "--databases",
+            FILES.databases,
+        )
+        common = (*at, *common, "--max-new-tokens", 200, "--temperature", 1.0, "--cache-dir", tmp_path / "cache")
+        sft, dpo = tmp_path / "cot_sft.json", tmp_path / "cot_dpo.json"
+        assert main(["cot", *map(str, (*common, "--output", sft, "--num-samples", 2))]) == 0
+        pairing = ("--cot", "--cot-data", sft, "--output", dpo, "--max-candidates", 5)
+        assert main(["reject", *map(str, (*common, *pairing))]) == 0
+    assert "at an endpoint, by messages" in capsys.readouterr().out
+    # the server is gone, and all that it answered is there
+    assert main(["reject", *map(str, (*common, *pairing, "--dataset-name", "again"))]) == 0
+    assert all(FORMATS["fenced"].read(record["output"]) for record in json.loads(sft.read_text()))
+    pairs = json.loads(dpo.read_text())
+    assert all(FORMATS["fenced"].read(pair[side]) for pair in pairs for side in ("chosen", "rejected"))
 
 
 def test_rows_whose_gold_proves_nothing_cost_the_teacher_no_token(rows, cache):
