@@ -8,7 +8,6 @@ Not judged: whether the reasoning is sound. It must end in SQL that is right, an
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 from t2s_pref import ranks
+from t2s_pref.betrayal import betrayal
 from t2s_pref.cache import cached_map, check_map_kwargs, without_rows
 from t2s_pref.columns import (
     ALTERNATIVES,
@@ -70,30 +70,6 @@ WORDS = {
     BETRAYS: "speaks of a query or an answer that was given",
     DIFFERS: "its SQL is another text than the gold",
 }
-
-_THING = r"(?:sql|sqlite|quer(?:y|ies)|answers?|solutions?|statements?|code|outputs?)"
-_KNOWN = r"(?:given|provided|supplied|reference|gold(?:en)?|expected|target|ground[- ]truth|stated|presented)"
-_BETRAYALS = (
-    rf"\b{_KNOWN}\s+(?:\w+\s+){{0,2}}?{_THING}\b",
-    rf"\b{_THING}\s+(?:(?:that|which)\s+)?(?:(?:is|was|were|has been|have been|i was|we were|you)\s+)?"
-    rf"(?:already\s+)?(?:given|provided|supplied|gave)\b",
-    rf"\b(?:correct|right|final|above|following|that|this)\s+{_THING}\s+(?:is|was)\s+(?:already\s+)?(?:given|provided|above)",
-    rf"\b{_THING}\s+(?:above|shown above|in the prompt|in the (?:task|question))\b",
-    r"\bground[- ]truth\b|\banswer key\b|\b(?:was|were|am|are|been) (?:given|told|shown) (?:the|a|this) (?:\w+ )?"
-    rf"{_THING}\b",
-    r"(?:给定|给出|提供|参考|标准|正确|已知)的?\s*(?:SQL|查询|答案|语句|解答)|(?:SQL|查询|答案|语句)已(?:经)?(?:给出|给定|提供)",
-)
-_BETRAYAL = re.compile("|".join(_BETRAYALS), re.I)
-
-
-def betrayal(reasoning: str) -> str:
-    """The words that tell of a query or an answer that was given, `""` where there are none.
-
-    >>> betrayal("The given query counts books."), betrayal("Books of a given author are counted.")
-    ('given query', '')
-    """
-    found = _BETRAYAL.search(" ".join(reasoning.split()))
-    return found.group() if found else ""
 
 
 def generate_cot(

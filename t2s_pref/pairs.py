@@ -43,7 +43,7 @@ from t2s_pref.errors import UserError
 from t2s_pref.pairing import GOLD, Answer, Reject, check_chosen, chosen_answers, pair_up, proven_right
 from t2s_pref.settings import DEDUPS, SAMPLING_DEFAULTS, SELECTS
 from t2s_pref.sql import check_dialect, normalize_sql
-from t2s_pref.verdicts import VERDICTS, WRONG
+from t2s_pref.verdicts import RIGHT, VERDICTS, WRONG
 
 # Raise it when the same rows give other pairs: results of older code are then not served.
 PAIRS_VERSION = 3
@@ -171,36 +171,29 @@ def mark_drops(
     check_dialect(dialect)
     _check_rejects(dataset)
     kept = _check_keep(dataset, keep)
-    _check_chosen(dataset, chosen)
+    _check_chosen(dataset, chosen, kept)
     _check_select(dataset, chosen, select, max_per_row)
 
     def mark(rows: dict[str, list]) -> dict[str, list]:
-        causes, mates = [], []
-        for row in range(len(rows[OUTPUT])):
-            others = rows[ALTERNATIVES][row] or () if ALTERNATIVES in rows else ()
-            golds = [gold for gold in (rows[OUTPUT][row], *others) if gold]
-            own = (rows[DIALECT][row] if DIALECT in rows else None) or dialect
-            rejects = rows[REJECTED][row] or []
-            found = rows[VERDICT][row] or [] if VERDICT in rows else None
-            if found is not None and len(found) != len(rejects):
+        marks: dict[str, list] = {DROP: [], MATE: []}
+        for values in zip(*rows.values(), strict=True):
+            row = dict(zip(rows, values, strict=True))
+            rejects, found = row[REJECTED] or [], row.get(VERDICT)
+            if VERDICT in row and len(found or ()) != len(rejects):
                 # concatenate_datasets fills a column that one part lacks with null
-                raise UserError(
-                    f"A row has {len(rejects)} rejects and {len(found)} verdicts; verify_rejected judges all."
-                )
-            causes.append(drop_causes(golds, rejects, dedup, own, found, kept))
-            pairs = _pairs_of({name: values[row] for name, values in rows.items()}, causes[-1])
-            mates.append([pairs.get(place, 0) for place in range(len(rejects))])
-        return {DROP: causes, MATE: mates}
-
-    def _pairs_of(row: dict[str, Any], causes: list[str]) -> dict[int, int]:
-        """The chosen answer of each reject that is kept; the others are marked."""
-        answers, rejects = _sides(row, causes, chosen)
-        own = row.get(DIALECT) or dialect
-        pairs = pair_up(answers, rejects, select, max_per_row, dialect=own, seed=seed)
-        for place, cause in enumerate(causes):
-            if cause == KEPT and place not in pairs:
-                causes[place] = NOT_SELECTED if answers else NO_CHOSEN
-        return pairs
+                count = len(found or ())
+                raise UserError(f"A row has {len(rejects)} rejects and {count} verdicts; verify_rejected judges all.")
+            golds = [gold for gold in (row[OUTPUT], *(row.get(ALTERNATIVES) or ())) if gold]
+            own = row.get(DIALECT) or dialect
+            causes = drop_causes(golds, rejects, dedup, own, found, kept)
+            answers, sides = _sides(row, causes, chosen)
+            pairs = pair_up(answers, sides, select, max_per_row, dialect=own, seed=seed)
+            lost = NOT_SELECTED if answers else NO_CHOSEN
+            marks[DROP].append([
+                lost if cause == KEPT and place not in pairs else cause for place, cause in enumerate(causes)
+            ])  # fmt: skip
+            marks[MATE].append([pairs.get(place, 0) for place in range(len(rejects))])
+        return marks
 
     texts = List(Value("string"))
     options = {"keep": sorted(kept), "chosen": chosen, "select": select, "max_per_row": max_per_row, "seed": seed}
@@ -237,8 +230,10 @@ def _sides(row: dict[str, Any], causes: list[str], chosen: str) -> tuple[list[An
     return chosen_answers(chosen, own, golds), rejects
 
 
-def _check_chosen(dataset: Dataset, chosen: str) -> None:
+def _check_chosen(dataset: Dataset, chosen: str, kept: Collection[str]) -> None:
     check_chosen(chosen)
+    if chosen != GOLD and (right := sorted(set(kept) & set(RIGHT))):
+        raise UserError(f"keep has {right[0]!r}, and chosen={chosen!r} chooses what is right: one of them.")
     if chosen != GOLD:
         check_columns(dataset, (VERDICT,), f"chosen={chosen!r} needs what verify_rejected adds.")
     elif ANSWERS in dataset.column_names:

@@ -510,6 +510,13 @@ def test_a_choice_that_makes_no_sense_is_refused(cache_dir, arguments, message):
         explode_rejected(verified(*ROW), cache_dir=cache_dir, **arguments)
 
 
+def test_what_is_right_is_either_chosen_or_kept_as_a_reject(cache_dir):
+    rows = Dataset.from_dict({"output": ["SELECT 1"], "rejected": [["SELECT 2"]], "verdict": [["equivalent"]]})
+    assert len(explode_rejected(rows, keep=["equivalent"], cache_dir=cache_dir)) == 1
+    with pytest.raises(UserError, match="keep has 'equivalent', and chosen='own' chooses what is right"):
+        explode_rejected(rows, keep=["equivalent"], chosen="own", cache_dir=cache_dir)
+
+
 def test_choices_that_need_verdicts_say_who_adds_them(cache_dir):
     bare = Dataset.from_dict({"output": ["SELECT 0"], "rejected": [["SELECT 1"]]})
     for arguments in (
