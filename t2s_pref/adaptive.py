@@ -72,10 +72,12 @@ def sample_until_proven(planned: Dataset, sampler: RejectSampler, proof: Proof, 
         ranks.wait_for_everyone(cpu)
         if ranks.rank() == 0:
             sampler.store.refresh()
+            sampler.collecting = True
             for position, fresh, statuses in _sampled(rows, sampler):
                 texts[position] += fresh
                 if PROMPT_TOO_LONG in statuses:  # of this row, no candidate can be had
                     del lacking[position]
+            sampler.collecting = False
             lacking = _lacking(lacking, totals, texts, sampler.settings.num_rejects, proof)
     return [range(total) for total in totals]
 

@@ -199,6 +199,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--model", metavar="NAME", help="the model's name at --base-url")
     model.add_argument("--model-version", help="what you call the weights that are served now")
+    model.add_argument("--parallel", type=int, help="requests under way at a time (default: the engine's own)")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

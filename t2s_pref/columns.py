@@ -48,6 +48,14 @@ REJECTED_INDEX = "rejected_index"
 RAW_ANSWER = "raw_answer"
 CHOSEN_FROM = "chosen_from"
 
+# All that is noted of candidates: gone where others are sampled in their place.
+NOTED = (
+    *(REJECTED, ANSWERS, STATUS, TOKENS, SECONDS, RAW),
+    *(VERDICT, VERDICT_DETAIL, RESULT_DIGEST, DISTANCE, GOLD_VERDICT, GOLD_DETAIL),
+)
+
+ROUNDS = (ROUND, ADAPTER, POLICY_HASH)
+
 STRINGS = (Value("string"), Value("large_string"))
 
 REQUIRED = (INSTRUCTION, INPUT, OUTPUT)

@@ -43,6 +43,7 @@ def reject(args: argparse.Namespace) -> int | None:
     from datasets import disable_progress_bars
 
     from t2s_pref.cot import attach_cot
+    from t2s_pref.formats import format_of
     from t2s_pref.generate import generate_rejected
     from t2s_pref.llamafactory import check_destination, save_llamafactory
     from t2s_pref.load import load_sft
@@ -54,7 +55,8 @@ def reject(args: argparse.Namespace) -> int | None:
     if rank():
         disable_progress_bars()  # one set of bars is enough
     check_destination(args.output, args.dataset_name)  # now, not after hours of sampling
-    _check_files(args, "sft_data", "cot_data", "output", merge=args.merge)
+    _check_files(args, "sft_data", "output", also=(*args.merge, args.cot_data))
+    _check_most(args)
     check_dialect(args.dialect)
     _check_cot(args)
     chosen = args.chosen or ("own_or_gold" if args.cot else "gold")
@@ -71,9 +73,15 @@ def reject(args: argparse.Namespace) -> int | None:
     settings = _settings(args)
     engine = _engine(args)
     rows = _rows(args)
+    if not args.cot and (reasoning := [row for row, gold in enumerate(rows["output"]) if format_of(gold) != "sql"]):
+        raise UserError(
+            f"Row {reasoning[0]} of {args.sft_data!r} has a chain of thought in its output; candidates without one "
+            "make no pair with it: pass --cot."
+        )
     earlier = [load_pairs(path) for path in args.merge]
     if args.cot_data:
-        rows = attach_cot(rows, load_sft(args.cot_data), args.cot)
+        proof = {"timeout": args.timeout, "cache_dir": args.cache_dir, **_running(args)}
+        rows = attach_cot(rows, load_sft(args.cot_data), args.cot, args.databases, **proof)
     rows = generate_rejected(rows, engine, settings, cache_dir=args.cache_dir, **proving)
     if rank() > 0:
         return None
@@ -102,6 +110,7 @@ def cot(args: argparse.Namespace) -> int | None:
         disable_progress_bars()
     check_destination(args.output, args.dataset_name)
     _check_files(args, "sft_data", "output")
+    _check_most(args)
     proving: dict[str, Any] = {}
     if args.databases is not None:
         proving = {"databases": args.databases, "timeout": args.timeout, **_running(args)}
@@ -117,7 +126,7 @@ def cot(args: argparse.Namespace) -> int | None:
         return None
     counts = cot_summary(rows)
     print(counts)
-    kept = explode_cot(rows, args.answer_format, args.max_per_row, cache_dir=args.cache_dir)
+    kept = explode_cot(rows, args.max_per_row, cache_dir=args.cache_dir)
     if not len(kept):
         raise UserError(f"No chain of thought is left, as the summary says; {args.output!r} was not written.")
     print(f"wrote {save_llamafactory(kept, args.output, args.dataset_name)}")
@@ -226,11 +235,16 @@ def _report(found: Any, path: str | None) -> None:
         print(f"wrote {path}")
 
 
-def _check_files(args: argparse.Namespace, *names: str, merge: Sequence[str] = ()) -> None:
-    """What is written is neither what is read nor written twice, and the report can be."""
-    for path in merge:
-        if os.path.realpath(os.path.expanduser(path)) == os.path.realpath(os.path.expanduser(args.output)):
-            raise UserError(f"--output is --merge, {path!r}, which would be overwritten; name another file.")
+def _check_most(args: argparse.Namespace) -> None:
+    if args.max_per_row is not None and args.max_per_row < 1:
+        raise UserError(f"--max-per-row is {args.max_per_row}; it must be 1 or more.")
+
+
+def _check_files(args: argparse.Namespace, *names: str, also: Sequence[str | None] = ()) -> None:
+    """What is written is neither what is read, `also` included, nor written twice, and the report can be."""
+    for path in also:
+        if path and os.path.realpath(os.path.expanduser(path)) == os.path.realpath(os.path.expanduser(args.output)):
+            raise UserError(f"--output is {path!r}, which is read and would be overwritten; name another file.")
     if path := getattr(args, "report", None):
         from t2s_pref.files import check_writable
 
@@ -259,6 +273,7 @@ def _refuse(args: argparse.Namespace, defaults: dict[str, Any], why: str) -> Non
 
 
 def _engine(args: argparse.Namespace) -> Any:
+    parallel = {} if args.parallel is None else {"parallel": args.parallel}  # the engines have defaults of their own
     if args.endpoint is not None:
         from t2s_pref.endpoint import EndpointEngine
 
@@ -270,6 +285,7 @@ def _engine(args: argparse.Namespace) -> Any:
             # the default itself, not a name like it: that was asked for
             tokenizer=None if args.base_model is DEFAULT_MODEL else args.base_model,
             model_version=args.model_version,
+            **parallel,
         )
     if args.base_url is not None:
         from t2s_pref.chat import ChatEngine
@@ -279,10 +295,10 @@ def _engine(args: argparse.Namespace) -> Any:
         _refuse(args, {"served_model": None}, "needs --endpoint; with --base-url the name goes into --model.")
         if args.model is None:
             raise UserError("--base-url needs --model, the model's name there.")
-        return ChatEngine(args.base_url, args.model, model_version=args.model_version)
+        return ChatEngine(args.base_url, args.model, model_version=args.model_version, **parallel)
     _refuse(args, {"model": None}, "needs --base-url; a model here is --base-model, a vLLM server's --served-model.")
     _refuse(args, {"served_model": None}, "needs --endpoint.")
-    _refuse(args, {"model_version": None}, "needs --endpoint or --base-url.")
+    _refuse(args, dict.fromkeys(("model_version", "parallel")), "needs --endpoint or --base-url.")
     from t2s_pref.continuous import ContinuousEngine
     from t2s_pref.engines import TransformersEngine
 

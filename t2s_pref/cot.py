@@ -7,6 +7,7 @@ Not judged: whether the reasoning is sound. It must end in SQL that is right, an
 """
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ from t2s_pref.columns import (
 from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
-from t2s_pref.formats import FORMATS, check_reasoning
+from t2s_pref.formats import FORMATS, Reasoned, check_reasoning, format_of
 from t2s_pref.generate import Search, sample_rows
 from t2s_pref.pairs import DUPLICATE
 from t2s_pref.pool import Bounds
@@ -56,6 +57,8 @@ from t2s_pref.tally import CAUSES
 from t2s_pref.verdicts import GOLD_OK, GOLD_USABLE, GOLD_VERDICTS, RIGHT
 from t2s_pref.verifier import statement_of
 from t2s_pref.verify import open_verifier, verify_with
+
+logger = logging.getLogger(__name__)
 
 # Raise it when the same answers of a teacher give other chains of thought.
 COT_VERSION = 1
@@ -215,7 +218,7 @@ def _judged(row: Mapping[str, Any], answer_format: str, dialect: str) -> tuple[l
     for status in row[STATUS]:
         if status == SAMPLED:
             answer, sql, verdict = next(usable)
-            reasoning = FORMATS["fenced"].read(answer).reasoning
+            reasoning = FORMATS["fenced"].read(answer).reasoning  # which the sampler has found there
             text = FORMATS[answer_format].write(reasoning, sql)
             if verdict is None and normalize_sql(statement_of(sql), dialect) not in same:
                 status = DIFFERS
@@ -235,7 +238,6 @@ def _judged(row: Mapping[str, Any], answer_format: str, dialect: str) -> tuple[l
 
 def explode_cot(
     dataset: Dataset | DatasetDict,
-    answer_format: str = DEFAULTS.answer_format,
     max_per_row: int | None = None,
     *,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -243,28 +245,32 @@ def explode_cot(
     """One supervised row for each chain of thought that was kept: `save_llamafactory` writes them.
 
     Args:
-        dataset: what `generate_cot` returned.
-        answer_format: as it was there: `fenced` makes `input` end in the request for it, as in `generate_rejected`.
+        dataset: what `generate_cot` returned. Chains of thought in the format `fenced` make `input` end in the request
+            for it, as in `generate_rejected`.
         max_per_row: how many chains of thought of one row; by default all.
 
     Returns:
         The source columns of each row, once a chain of thought, which is `output` now.
 
     Raises:
-        [`UserError`]: on missing columns, an unknown `answer_format`, and on `num_proc`.
+        [`UserError`]: on missing columns, and on a `max_per_row` below 1.
 
     >>> from datasets import Dataset
-    >>> rows = {"instruction": [""], "input": ["How many?"], "output": ["SELECT 1"], "cot": [["<think>...</think>"]]}
-    >>> explode_cot(Dataset.from_dict(rows), "think")[0]
-    {'instruction': '', 'input': 'How many?', 'output': '<think>...</think>'}
+    >>> text = "<think>One.</think>SELECT 1"
+    >>> rows = {"instruction": [""], "input": ["How many?"], "output": ["SELECT 1"], "cot": [[text]]}
+    >>> explode_cot(Dataset.from_dict(rows))[0]
+    {'instruction': '', 'input': 'How many?', 'output': '<think>One.</think>SELECT 1'}
     """
-    request = check_reasoning(answer_format).request
     if max_per_row is not None and (not isinstance(max_per_row, int) or max_per_row < 1):
         raise UserError(f"max_per_row is {max_per_row!r}; it must be 1 or more.")
 
     def explode(rows: dict[str, list]) -> dict[str, list]:
         each = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
-        done = [{**asked(row, request), OUTPUT: text} for row in each for text in (row[COT] or [])[:max_per_row]]
+        done = [
+            {**asked(row, FORMATS[format_of(text)].request), OUTPUT: text}
+            for row in each
+            for text in (row[COT] or [])[:max_per_row]
+        ]
         return {name: [row[name] for row in done] for name in rows if name not in (COT, COT_STATUS)}
 
     def explode_split(part: Dataset) -> Dataset:
@@ -275,7 +281,7 @@ def explode_cot(
             part,
             explode,
             step="cot_rows",
-            key={"version": COT_VERSION, "request": request, "max_per_row": max_per_row},
+            key={"version": COT_VERSION, "max_per_row": max_per_row},
             features=Features(features),
             remove_columns=[name for name in (COT, COT_STATUS) if name in part.column_names],
             cache_dir=cache_dir,
@@ -285,33 +291,62 @@ def explode_cot(
     return each_split(dataset, explode_split)
 
 
-def attach_cot(dataset: Dataset, kept: Dataset, answer_format: str) -> Dataset:
-    """Add `cot`: for each row, the chains of thought that `kept` has for its prompt.
+def attach_cot(
+    dataset: Dataset,
+    kept: Dataset,
+    answer_format: str,
+    databases: DatabasesLike,
+    *,
+    timeout: float = TIMEOUT,
+    gold_timeout: float = GOLD_TIMEOUT,
+    database_version: str | None = None,
+    workers: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Add `cot`: for each row, the chains of thought that `kept` has for its prompt, as far as they are proven right.
 
     Args:
-        dataset: columns read: `instruction`, `input`, and where present `system` and `history`.
+        dataset: columns read: `instruction`, `input`, `output`, and where present `system`, `history` and what
+            `verify_rejected` reads.
         kept: supervised rows with chains of thought in `output`, as `explode_cot` makes them. Their prompts may ask
-            for the format or not.
+            for the format or not. Who wrote them for which gold is not known here, so their SQL is run like any other.
+        answer_format: the format that they must be in.
+        databases, timeout, gold_timeout, database_version, workers, cache_dir: as for `verify_rejected`.
 
     Raises:
         [`UserError`]: on an answer that is not of this format, and where no prompt is found in both.
     """
     style = check_reasoning(answer_format)
-    of: dict[str, list[str]] = {}
+    of: dict[str, dict[Reasoned, None]] = {}
     for place, row in enumerate(kept):
-        if style.read(row[OUTPUT] or "") is None:
+        if (parts := style.read(row[OUTPUT] or "")) is None:
             shown = " ".join((row[OUTPUT] or "").split())[:60]
             raise UserError(f"Chain of thought {place} is not in the format {answer_format!r}: {shown!r}.")
-        of.setdefault(_prompt(row, style.request), []).append(row[OUTPUT])
-    found = [of.get(_prompt(row, style.request), []) for row in dataset]
+        of.setdefault(_prompt(row), {})[parts] = None
+    found = [list(of.get(_prompt(row), ())) for row in dataset]
     if not any(found):
         raise UserError("No chain of thought is for a prompt of these rows; both must come from the same SFT data.")
+    texts = List(Value("string"))
+    used = [name for name in (OUTPUT, ALTERNATIVES, DB_ID, DIALECT) if name in dataset.column_names]
+    asked_for = dataset.select_columns(used).add_column(
+        REJECTED, [[each.sql for each in of] for of in found], feature=texts
+    )
+    with open_verifier(
+        dataset, databases, Bounds(timeout, gold_timeout), database_version, workers, cache_dir
+    ) as judge:
+        verdicts = verify_with(judge, asked_for, cache_dir, {"desc": "Proving chains of thought"})[VERDICT][:]
+    right = [
+        [style.write(*each) for each, verdict in zip(of, of_row, strict=True) if verdict in RIGHT]
+        for of, of_row in zip(found, verdicts, strict=True)
+    ]
+    if lost := sum(map(len, found)) - sum(map(len, right)):
+        logger.warning("%d of %d chains of thought are not proven right and left out.", lost, sum(map(len, found)))
     names = [name for name in dataset.column_names if name != COT]
-    return dataset.select_columns(names).add_column(COT, found, feature=List(Value("string")))
+    return dataset.select_columns(names).add_column(COT, right, feature=texts)
 
 
-def _prompt(row: Mapping[str, Any], request: str) -> str:
-    return json.dumps(messages(asked(row, request)))
+def _prompt(row: Mapping[str, Any]) -> str:
+    return json.dumps(messages(asked(row, "")))
 
 
 @dataclass(frozen=True)

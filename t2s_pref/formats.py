@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from t2s_pref.errors import UserError
+from t2s_pref.prompts import REQUEST
 from t2s_pref.settings import ANSWER_FORMATS
-from t2s_pref.sql import SQL_TAGS, extract_sql, fenced_blocks, without_thoughts
+from t2s_pref.sql import SQL_TAGS, extract_sql, placed_blocks, without_thoughts
+from t2s_pref.statements import HEAD, statement_start
 
 OPEN, CLOSE = "<think>", "</think>"
-REQUEST = "First write your reasoning step by step, then end with the query in a ```sql block."
 
 
 class Reasoned(NamedTuple):
@@ -59,21 +60,31 @@ class AnswerFormat:
     def read(self, answer: str) -> Reasoned | None:
         r"""The parts of an answer in this format, `None` where one of them is not in its place.
 
-        What comes after the SQL is left out: `write` gives the answer that is trained on.
+        What comes after the SQL is left out: `write` gives the answer that is trained on, and reads the same again. An
+        answer with several queries in blocks, one of them an alternative or a mistake to avoid, is none: nothing tells
+        which of them it stands for.
 
         >>> FORMATS["fenced"].read("One table.\n```sql\nSELECT a FROM b;\n```\nThat is all.")
         Reasoned(reasoning='One table.', sql='SELECT a FROM b;')
         >>> FORMATS["fenced"].read("SELECT a FROM b") is None
         True
         """
+        parts = self._parts(answer)
+        return parts if parts and self._parts(self.write(*parts)) == parts else None
+
+    def _parts(self, answer: str) -> Reasoned | None:
+        if not self.reasons:
+            return Reasoned("", sql) if (sql := extract_sql(answer)) else None
         if self.name == "think":
             before, close, after = answer.rpartition(CLOSE)
-            reasoning, sql = before.strip().removeprefix(OPEN).strip() if close else "", extract_sql(after)
-        elif self.reasons:
-            reasoning, sql = _before_last_block(without_thoughts(answer))
+            reasoning = before.strip().removeprefix(OPEN).strip() if close else ""
+            queries = _queries(after)
+            sql = extract_sql(after) if len({each.sql for each in queries}) < 2 else ""
         else:
-            return Reasoned("", sql) if (sql := extract_sql(answer)) else None
-        return Reasoned(reasoning, sql) if reasoning and sql and not _TAGS.search(reasoning) else None
+            text = without_thoughts(answer)
+            queries = _queries(text)
+            reasoning, sql = queries[-1] if len({each.sql for each in queries}) == 1 else ("", "")
+        return Reasoned(reasoning, sql) if sql and _says_something(reasoning) else None
 
     def training_keys(self) -> dict[str, str | bool]:
         """The keys of a LLaMA-Factory training file that must fit the answers.
@@ -96,15 +107,37 @@ assert tuple(FORMATS) == ANSWER_FORMATS
 
 # A tag inside the reasoning would end or begin a think block of its own where LLaMA-Factory or a template reads it.
 _TAGS = re.compile(r"</?think>")
+_WORDS = re.compile(r"[^\W\d_]+")
+_CHANGES = frozenset("create insert update delete replace drop alter".split())
+_LABELS = frozenset("sql sqlite query answer final here is the a your this step".split())
 
 
-def _before_last_block(text: str) -> tuple[str, str]:
-    """The text before the last fenced block that holds SQL, and that SQL."""
-    for tag, body in reversed(fenced_blocks(text)):
-        if (not tag or tag in SQL_TAGS) and (sql := extract_sql(body.strip())):
-            fence = text.rfind("```", 0, text.rfind(body))
-            return text[: max(fence, 0)].strip(), sql
-    return "", ""
+def _says_something(reasoning: str) -> bool:
+    """Whether it is reasoning, and not only the label of what follows."""
+    return not _TAGS.search(reasoning) and not set(_WORDS.findall(reasoning.lower())) <= _LABELS
+
+
+def _queries(text: str) -> list[Reasoned]:
+    """Each fenced block of a text that holds a query, with all that is before it; a schema that is repeated is none."""
+    return [
+        Reasoned(text[:start].strip(), sql)
+        for tag, body, start in placed_blocks(text)
+        if (not tag or tag in SQL_TAGS) and (sql := extract_sql(body.strip())) and not _changes(sql)
+    ]
+
+
+def _changes(sql: str) -> bool:
+    start = statement_start(sql)
+    return start >= 0 and HEAD.match(sql, start).group().lower() in _CHANGES
+
+
+def format_of(answer: str) -> str:
+    r"""Which format with reasoning an answer is in, `"sql"` where it is in none.
+
+    >>> format_of("<think>\nOne table.\n</think>\n\nSELECT a FROM b")
+    'think'
+    """
+    return next((name for name in ("think", "fenced") if FORMATS[name].read(answer)), "sql")
 
 
 def check_reasoning(name: str) -> AnswerFormat:

@@ -7,12 +7,24 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Features
+from datasets import Dataset, DatasetDict, Features, Value
 
 from t2s_pref import ranks
 from t2s_pref.adaptive import Proof, sample_share, sample_until_proven
 from t2s_pref.cache import cache_folder, cached_map, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
-from t2s_pref.columns import ANSWERS, INPUT, INSTRUCTION, OUTPUT, REQUIRED, SOURCE_INDEX, check_columns, each_split
+from t2s_pref.columns import (
+    INPUT,
+    INSTRUCTION,
+    NOTED,
+    OUTPUT,
+    REQUIRED,
+    ROUNDS,
+    SOURCE_INDEX,
+    STRINGS,
+    SYSTEM,
+    check_columns,
+    each_split,
+)
 from t2s_pref.databases import DatabasesLike
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.errors import UserError
@@ -20,7 +32,7 @@ from t2s_pref.formats import FORMATS
 from t2s_pref.pairing import check_chosen, proven_right
 from t2s_pref.plan import PAGE, plan_order
 from t2s_pref.pool import Bounds
-from t2s_pref.prompts import asked
+from t2s_pref.prompts import asked, asks
 from t2s_pref.protocol import Engine
 from t2s_pref.sampler import ANSWER_TOKENS, PROMPT_IDS, PROMPT_TOKENS, WORKING, RejectSampler
 from t2s_pref.settings import DEFAULT_MODEL, GOLD_TIMEOUT, TIMEOUT, SamplingSettings
@@ -54,6 +66,7 @@ def generate_rejected(
 
     With an `answer_format` that has reasoning, the candidates are chains of thought with the SQL that they end in, and
     the SQL is what is judged. Where the prompt has to ask for the format, `input` ends in that request from then on.
+    Columns of an earlier call, on what was sampled then and what was proven of it, are replaced or gone.
 
     Cached twice: the result as an Arrow file, found again in milliseconds by any process, and below it each sample, so
     that a run that was killed goes on where it was and a higher `num_rejects` samples only what is new.
@@ -145,26 +158,37 @@ class Search(NamedTuple):
 
 
 def _asking(dataset: Dataset, settings: SamplingSettings, cache_dir: str | os.PathLike[str] | None) -> Dataset:
-    """The rows whose prompts ask for the answer format, where its models would not know otherwise."""
+    """The rows whose prompts ask for the answer format, where its models would not know otherwise, and for no other."""
     request = FORMATS[settings.answer_format].request
-    if not request:
-        return dataset
     check_columns(dataset, REQUIRED, "load_sft makes them from alpaca files.")
+    _check_texts(dataset)
+    columns = zip(dataset[INSTRUCTION][:], dataset[INPUT][:], strict=True)
+    if not request and not any(asks({INSTRUCTION: one, INPUT: other}) for one, other in columns):
+        return dataset
 
     def ask(rows: dict[str, list]) -> dict[str, list]:
         parts = zip(rows[INSTRUCTION], rows[INPUT], strict=True)
         done = [asked({INSTRUCTION: instruction, INPUT: text}, request) for instruction, text in parts]
         return {name: [row[name] for row in done] for name in (INSTRUCTION, INPUT)}
 
+    text = Value("string")
+
     return cached_map(
         dataset,
         ask,
         step="asking",
         key={"request": request},
-        features=dataset.features,
+        features=Features({**dataset.features, INSTRUCTION: text, INPUT: text}),
         cache_dir=cache_dir,
         map_kwargs={"desc": "Asking for the format"},
     )
+
+
+def _check_texts(dataset: Dataset) -> None:
+    for name in (INSTRUCTION, INPUT, SYSTEM):
+        if (feature := dataset.features.get(name, Value("null"))) not in (Value("null"), *STRINGS):
+            way_out = f"dataset.cast_column({name!r}, Value('string'))"
+            raise UserError(f"Column {name!r} is {feature}; expected strings: {way_out}.")
 
 
 def sample_rows(
@@ -178,8 +202,10 @@ def sample_rows(
 ) -> Dataset:
     """Sample each row's candidates from the prompts as they are, and add the columns of `generate_rejected`."""
     check_columns(dataset, REQUIRED, "load_sft makes them from alpaca files.")
-    if ANSWERS in dataset.column_names:  # of an earlier call: what is sampled now may have none
-        dataset = dataset.remove_columns(ANSWERS)
+    _check_texts(dataset)
+    # what an earlier call noted of other candidates must not stand beside these
+    noted = (*NOTED, *(ROUNDS if set(ROUNDS) <= set(dataset.column_names) else ()))  # "round" alone is a user's own
+    dataset = dataset.remove_columns([name for name in noted if name in dataset.column_names])
     if SOURCE_INDEX not in dataset.column_names:
         logger.warning("No column %r: each row's seed comes from its position; load_sft adds it.", SOURCE_INDEX)
     passed = {"desc": "Sampling rejects", **map_kwargs}
@@ -259,6 +285,7 @@ def _collect(
     map_kwargs: dict[str, Any],
 ) -> None:
     """Map over the rows in plan order, reading what was sampled, then put them back into their own: `result.arrow`."""
+    sampler.collecting = True
     sampled = planned.map(
         sampler,
         batched=True,

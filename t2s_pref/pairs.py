@@ -40,7 +40,8 @@ from t2s_pref.columns import (
     each_split,
 )
 from t2s_pref.errors import UserError
-from t2s_pref.pairing import GOLD, Answer, Reject, check_chosen, chosen_answers, pair_up, proven_right
+from t2s_pref.formats import format_of
+from t2s_pref.pairing import GOLD, OWN, Answer, Reject, check_chosen, chosen_answers, pair_up, proven_right
 from t2s_pref.settings import DEDUPS, SAMPLING_DEFAULTS, SELECTS
 from t2s_pref.sql import check_dialect, normalize_sql
 from t2s_pref.verdicts import RIGHT, VERDICTS, WRONG
@@ -226,6 +227,12 @@ def _sides(row: dict[str, Any], causes: list[str], chosen: str) -> tuple[list[An
     right = proven_right("fenced" if reasons else "sql")
     own = [Answer(place, texts[place], sqls[place]) for place, verdict in enumerate(found) if verdict in right]
     of_gold = (row.get(COT) or []) if reasons else [row[OUTPUT]]
+    expected = format_of(rejects[0].text) if reasons and rejects else "sql"
+    if chosen != OWN and rejects and (other := {format_of(text) for text in of_gold} - {expected}):
+        raise UserError(
+            f"A row's gold is in the format {other.pop()!r} and its candidates in {expected!r}; both sides of a pair "
+            "must be in one: sample with the answer_format (--cot) of the golds or chains of thought."
+        )
     golds = [Answer(-1 - number, text, row[OUTPUT]) for number, text in enumerate(of_gold)]
     return chosen_answers(chosen, own, golds), rejects
 

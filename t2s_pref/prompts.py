@@ -5,6 +5,7 @@ from typing import Any
 
 from t2s_pref.columns import HISTORY, INPUT, INSTRUCTION, SYSTEM
 
+REQUEST = "First write your reasoning step by step, then end with the query in a ```sql block."
 PROMPT_COLUMNS = (INSTRUCTION, INPUT, SYSTEM, HISTORY)
 
 
@@ -53,10 +54,15 @@ def teacher_row(row: Mapping[str, Any], gold: str) -> dict[str, Any]:
     return {**row, INSTRUCTION: "", INPUT: TEACHER.format(question=question, gold=gold)}
 
 
+def asks(row: Mapping[str, Any]) -> bool:
+    """Whether the prompt ends in a request for a format."""
+    return (row.get(INPUT) or row.get(INSTRUCTION) or "").endswith(REQUEST)
+
+
 def asked(row: Mapping[str, Any], request: str) -> dict[str, Any]:
-    """The row whose prompt ends in `request`, as it is where it does already."""
-    end = next((name for name in (INPUT, INSTRUCTION) if row.get(name)), INPUT)
+    """The row whose prompt ends in `request` for a format, and in no other."""
+    end = INPUT if row.get(INPUT) or not row.get(INSTRUCTION) else INSTRUCTION
     text = row.get(end) or ""
-    if not request or text.endswith(request):
-        return dict(row)
-    return {**row, end: f"{text}\n{request}" if text else request}
+    if text.endswith(REQUEST):
+        text = text.removesuffix(REQUEST).removesuffix("\n")
+    return {**row, end: "\n".join(part for part in (text, request) if part)}

@@ -39,11 +39,14 @@ class Answer(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """An answer, of which request of those that were handed over, and under which of its candidates' numbers."""
+    """An answer, of which request of those that were handed over, and under which of its candidates' numbers.
+
+    The answer is `None` where there is none to be had now: a server failed, and the next run asks again.
+    """
 
     place: int
     candidate: int
-    answer: Answer
+    answer: Answer | None
 
 
 class Engine(Protocol):

@@ -29,10 +29,11 @@ from t2s_pref.columns import (
     one_split,
 )
 from t2s_pref.errors import UserError
+from t2s_pref.formats import FORMATS, format_of
 from t2s_pref.load import check_history
 from t2s_pref.prompts import messages
 from t2s_pref.records import read_records
-from t2s_pref.sql import normalize_sql
+from t2s_pref.sql import check_dialect, normalize_sql
 
 # What a pair carries from round to round; the first four are in every pair.
 TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED, SYSTEM, DB_ID, ADAPTER, POLICY_HASH, CHOSEN_FROM)
@@ -61,6 +62,8 @@ def load_pairs(path: str | os.PathLike[str]) -> Dataset:
         for name in names:
             value = record.get(name)
             kind = int if name == ROUND else str
+            if type(value) is int and not 0 < value < 1 << 31:
+                raise origin.error(f"column {name!r} is {value}; rounds are counted from 1.", number)
             needed = name in (INSTRUCTION, CHOSEN, REJECTED)
             if name == HISTORY:
                 check_history([value], lambda problem, _, number=number: origin.error(problem, number))
@@ -77,8 +80,8 @@ def load_pairs(path: str | os.PathLike[str]) -> Dataset:
 def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
     """The preference pairs of several rounds in one dataset, each once: the first round's, then what the next add.
 
-    Two pairs are the same where prompt, chosen and rejected answer are, the answers after normalisation. Pairs that
-    name no round are taken for the first's.
+    Two pairs are the same where prompt, chosen and rejected answer are: their SQL after normalisation, their reasoning
+    word for word. Pairs that name no round are taken for the first's.
 
     Args:
         rounds: preference pairs with `instruction`, `input`, `chosen` and `rejected` (`str`), as `explode_rejected` and
@@ -87,7 +90,7 @@ def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
         dialect: SQL dialect of the answers, by its sqlglot name.
 
     Raises:
-        [`UserError`]: on missing columns, and on rows that are not exploded yet.
+        [`UserError`]: on missing columns, on answers that are no text, and on rows that are not exploded yet.
 
     >>> pair = {"instruction": "", "input": "How many?", "chosen": "SELECT 1", "rejected": "SELECT 2"}
     >>> first = Dataset.from_list([pair])
@@ -95,12 +98,15 @@ def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
     >>> merge_pairs(first, second.add_column("round", [2, 2]))["rejected"][:]
     ['SELECT 2', 'SELECT 3']
     """
+    if not rounds:
+        raise UserError("merge_pairs got no pairs; it takes those of one round or more.")
+    check_dialect(dialect)
     seen: set[str] = set()
     merged: list[dict[str, Any]] = []
     names = {name: None for part in rounds for name in CARRIED if name in one_split(part).column_names}
     for part in rounds:
         for row in _pairs(one_split(part)):
-            key = json.dumps([messages(row), *(normalize_sql(row[side], dialect) for side in (CHOSEN, REJECTED))])
+            key = json.dumps([messages(row), *(_same(row[side], dialect) for side in (CHOSEN, REJECTED))])
             if key not in seen:
                 seen.add(key)
                 merged.append({name: _value(name, row) for name in names})
@@ -109,10 +115,25 @@ def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
 
 
 def _pairs(part: Dataset) -> Iterator[dict[str, Any]]:
-    check_columns(part, (INSTRUCTION, INPUT, CHOSEN, REJECTED), "explode_rejected makes one row a pair.")
-    if part.features[REJECTED] not in STRINGS:
-        raise UserError("Column 'rejected' is not of strings: explode_rejected makes one row a pair, then merge.")
-    yield from part.select_columns([name for name in CARRIED if name in part.column_names])
+    way_out = "explode_rejected makes one row a pair, with both sides as strings"
+    check_columns(part, (INSTRUCTION, INPUT, CHOSEN, REJECTED), f"{way_out}.")
+    for name in CARRIED:
+        feature = part.features.get(name, Value("null"))
+        allowed = (Value("int64"), Value("int32")) if name == ROUND else STRINGS
+        if name != HISTORY and feature not in (Value("null"), *allowed):
+            raise UserError(f"Column {name!r} is {feature}; expected {allowed[0]}: {way_out}.")
+    for place, row in enumerate(part.select_columns([name for name in CARRIED if name in part.column_names])):
+        check_history([row.get(HISTORY)], lambda problem, _, place=place: UserError(f"Row {place}: {problem}"))
+        for side in (CHOSEN, REJECTED):
+            if not row[side]:
+                raise UserError(f"Row {place}: column {side!r} is empty; {way_out}.")
+        yield row
+
+
+def _same(answer: str, dialect: str) -> list[str]:
+    """What two equal answers have in common."""
+    parts = FORMATS[format_of(answer)].read(answer)
+    return [parts.reasoning, normalize_sql(parts.sql, dialect)] if parts else [normalize_sql(answer, dialect)]
 
 
 def _value(name: str, row: Mapping[str, Any]) -> Any:

@@ -35,8 +35,10 @@ from t2s_pref.columns import (
     TOKENS,
     TRUNCATED,
 )
+from t2s_pref.errors import UserError
 from t2s_pref.files import atomic_write, own_prefix
 from t2s_pref.formats import FORMATS, AnswerFormat
+from t2s_pref.keeping import Keeper, failure_of
 from t2s_pref.plan import cut_batches
 from t2s_pref.progress import Progress
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
@@ -69,9 +71,6 @@ REASONING_TOKENS = 400
 # What is known of a candidate that there is not.
 NO_RECORD: dict[str, Any] = {"text": "", "tokens": 0, "seconds": 0.0}
 
-# Seconds between two writes to the store, where single candidates are kept.
-KEEP_AFTER = 1.0
-
 
 class RejectSampler:
     """Batch of rows in, batch of rows with their candidates out: what `Dataset.map` calls.
@@ -91,6 +90,9 @@ class RejectSampler:
         self.wanted: list[range] | None = None
         # Candidates that the engine could not give: asked for once in a run, and again in the next.
         self.failed: set[bytes] = set()
+        # All have been asked for, on all ranks: what failed is not asked for once more.
+        self.collecting = False
+        self._gave_up = False
 
     def key(self) -> dict[str, Any]:
         """What decides the result beside the dataset."""
@@ -127,7 +129,6 @@ class RejectSampler:
                 folder / RUN, lambda: {"token_budget": self.engine.token_budget(), "decoding": self.engine.method()}
             )
             self._run, self.budget = run, run["token_budget"]
-            self.failed.clear()
             try:
                 yield
             finally:
@@ -181,8 +182,12 @@ class RejectSampler:
             whole = [all((row, c) in records or (row, c) not in keys for c in asked[row]) for row in range(len(asked))]
             self.progress.found(sum(whole), len(records))
         if lacking:
-            self._sample(rows, fits, asked, lacking, records, context)
-            self.failed |= {key for of, key in lacking.items() if of not in records}
+            before = {key for key in lacking.values() if self.store.get(failure_of(key)) is not None}
+            if self.collecting or self._gave_up:
+                self.failed |= before
+                lacking = {of: key for of, key in lacking.items() if key not in before}
+            self._sample(rows, fits, asked, {of: key for of, key in lacking.items() if key not in before}, records)
+            self._ask_again(rows, fits, asked, {of: key for of, key in lacking.items() if key in before}, records)
         why_not = [PROMPT_TOO_LONG] * len(asked)
         for row in fits:
             why_not[row] = FAILED
@@ -195,9 +200,11 @@ class RejectSampler:
         asked: list[range],
         keys: dict[tuple[int, int], bytes],
         records: dict[tuple[int, int], dict[str, Any]],
-        context: float,
     ) -> None:
-        """Add what is missing to `records` and to the store, batch by batch."""
+        """Add what `keys` has to `records` and to the store, batch by batch."""
+        if not keys:
+            return
+        context = self.engine.context_length or math.inf
         prompts = {row: tuple(rows[PROMPT_IDS][row]) for row in fits}
         caps = {row: int(min(self.settings.max_new_tokens, context - len(prompts[row]))) for row in fits}
         more = REASONING_TOKENS if self.format.reasons else 0
@@ -219,42 +226,56 @@ class RejectSampler:
             if wanted:
                 self._draw(wanted, keys, records)
 
+    def _ask_again(
+        self,
+        rows: dict[str, list],
+        fits: list[int],
+        asked: list[range],
+        keys: dict[tuple[int, int], bytes],
+        records: dict[tuple[int, int], dict[str, Any]],
+    ) -> None:
+        """Ask for what failed in an earlier run, after all else; where it fails for good, the run does without it."""
+        try:
+            self._sample(rows, fits, asked, keys, records)
+        except UserError as error:
+            logger.warning("%s What failed before is left out for now.", error)
+            self._gave_up = True
+            self.failed |= {key for of, key in keys.items() if of not in records}
+
     def _draw(
         self,
         wanted: list[tuple[int, Request]],
         keys: dict[tuple[int, int], bytes],
         records: dict[tuple[int, int], dict[str, Any]],
     ) -> None:
-        fresh: dict[tuple[int, int], dict[str, Any]] = {}
         left = [len(request.candidates) for _, request in wanted]
-
-        def keep() -> None:
-            self.store.append((keys[of], record) for of, record in fresh.items())
-            records.update(fresh)
-            fresh.clear()
-
-        whole_batches = self.engine.whole_batches
-        answers = self.engine.sample([request for _, request in wanted], self.settings, self.budget)
-        last = kept = time.perf_counter()
-        try:
-            for place, candidate, answer in answers:
-                now = time.perf_counter()
-                record = {**answer._asdict(), "seconds": now - last}
-                fresh[wanted[place][0], candidate] = record
-                last = now
-                left[place] -= 1
-                if self.progress:
-                    self.progress.drawn(left[place] == 0)
-                if not whole_batches and now - kept > KEEP_AFTER:
-                    keep()
-                    kept = now
-        finally:
-            answers.close()
-            if self.engine.ceiling < self.budget:
-                self._note(token_budget=int(self.engine.ceiling))
-            # What another batch would round otherwise is kept whole or not at all: a resumed run repeats the batch.
-            if not whole_batches or len(fresh) == sum(len(request.candidates) for _, request in wanted):
-                keep()
+        # What another batch would round otherwise is kept whole or not at all: a resumed run repeats the batch.
+        with Keeper(self.store, soon=not self.engine.whole_batches) as keeper:
+            last = time.perf_counter()
+            answers = self.engine.sample([request for _, request in wanted], self.settings, self.budget)
+            try:
+                for place, candidate, answer in answers:
+                    of = wanted[place][0], candidate
+                    now = time.perf_counter()
+                    if answer is None:  # noted at once: the run may be about to end
+                        self.failed.add(keys[of])
+                        keeper.add(failure_of(keys[of]), {"failed": True})
+                    else:
+                        records[of] = {**answer._asdict(), "seconds": now - last}
+                        keeper.add(keys[of], records[of])
+                    last = now
+                    left[place] -= 1
+                    if self.progress:
+                        self.progress.drawn(left[place] == 0)
+            finally:
+                answers.close()
+                if self.engine.ceiling < self.budget:
+                    self._note(token_budget=int(self.engine.ceiling))
+            for row, request in wanted:
+                for of in ((row, candidate) for candidate in request.candidates):
+                    if of not in records and keys[of] not in self.failed:  # an engine that says nothing of it
+                        self.failed.add(keys[of])
+                        keeper.add(failure_of(keys[of]), {"failed": True})
         self._note(decoding=self.engine.method())
 
     def _note(self, **changed: Any) -> None:

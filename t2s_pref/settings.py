@@ -90,8 +90,8 @@ class SamplingSettings:
             raise UserError(
                 "answer_format is 'fenced', whose reasoning is in the answer; with enable_thinking use 'think'."
             )
-        if self.round is not None and self.round < 1:
-            raise UserError(f"round is {self.round}; it must be 1 or more.")
+        if self.round is not None and not 1 <= self.round < 1 << 31:
+            raise UserError(f"round is {self.round}; it must be 1 or more, and less than 2**31.")
         if self.num_rejects < 1:
             raise UserError(f"num_rejects is {self.num_rejects}; it must be 1 or more.")
         if self.max_new_tokens < 1:

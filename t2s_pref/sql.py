@@ -71,9 +71,14 @@ _FENCE = re.compile(
 
 def fenced_blocks(text: str) -> list[tuple[str, str]]:
     """The fenced blocks of a text as (tag, body); the last may be unclosed."""
-    blocks: list[tuple[str, str]] = []
+    return [(tag, body) for tag, body, _ in placed_blocks(text)]
+
+
+def placed_blocks(text: str) -> list[tuple[str, str, int]]:
+    """The same with where each block's fence begins, its line's indentation and quote marks included."""
+    blocks: list[tuple[str, str, int]] = []
     opened = tag = ""
-    body, one_line = 0, False
+    body, start, one_line = 0, 0, False
     for fence in _FENCE.finditer(text):
         mark, word = fence["mark"][0], fence["tag"].strip().lower()
         whole_line = fence["line"] is not None and fence["end"] is not None
@@ -82,17 +87,17 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
             closes = one_line or fence["line"] is not None or (fence["end"] is not None and not word)
             if mark != opened or not (reopens or closes):
                 continue
-            blocks.append((tag, text[body : fence.start()]))
+            blocks.append((tag, text[body : fence.start()], start))
             opened = ""
             if not reopens:
                 continue
         elif mark == "~" and fence["line"] is None:
             continue
-        opened, one_line = mark, fence["end"] is None
+        opened, start, one_line = mark, fence.start(), fence["end"] is None
         tag = word if not one_line or word in SQL_TAGS else ""
         body = fence.end() if tag or not one_line else fence.end("mark")
     if opened:
-        blocks.append((tag, text[body:]))
+        blocks.append((tag, text[body:], start))
     return blocks
 
 

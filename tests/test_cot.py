@@ -180,6 +180,20 @@ def sample(reasoning, sql="SELECT 1", **row):
         "It agrees with the ground truth.",
         "The answer key says so.",
         "We are told the correct query.",
+        "The query joins two tables, as shown in the example solution.",
+        "Based on the SQL shown, we need COUNT(*).",
+        "The query you shared uses a LEFT JOIN, so we follow that.",
+        "Working backwards from the query, the tables needed are book and author.",
+        "The answer we've been given uses GROUP BY.",
+        "The user gave me the query, so I only explain it.",
+        "I must not mention that the query was given.",
+        "The user's query uses DISTINCT, so there may be duplicates.",
+        "We are provided with the query and have to explain it.",
+        "The task gives us the SQL: it uses two joins.",
+        "The query mentioned above uses two joins.",
+        "To match the query, I need to alias the tables.",
+        "题目中给的SQL使用了连接。",
+        "上面的查询使用了GROUP BY。",
         "根据给定的SQL，我们需要两张表。",
         "参考答案使用了连接。",
         "The final query was provided.",
@@ -208,6 +222,19 @@ def test_a_mention_of_a_given_answer_is_dropped(text):
         "The table above has the columns that we need.",
         "The correct answer needs a LEFT JOIN, because books without loans count as well.",
         "问题给出了年份，因此条件是年份。",
+        "The expected output is just the title.",
+        "The set code given as 'KTK' refers to cards.setCode.",
+        "Given the language code 'zh', the filter is languageCode = 'zh'.",
+        "The reference code of the order, 'A-17', is the filter; the order status is what is asked.",
+        "Users that provided answers to at least three questions are counted by answers.id.",
+        "Combining everything, the final SQL query is given below.",
+        "Given the question, the query must group by genre.",
+        "Power plants with output above 100 MW have output > 100; the answer above 50 points counts as good.",
+        "We must provide the SQL that counts the rows.",
+        "The total output given by each plant is SUM(output).",
+        "Step 2: Use that id to find the albums. Putting this together gives the following query:",
+        "题目给出的查询条件是国家为法国，因此过滤 country = 'France'。",
+        "需要提供SQL来统计每个部门的人数。",
     ],
 )
 def test_ordinary_reasoning_is_kept(text):
@@ -239,12 +266,12 @@ def test_another_accepted_gold_is_as_good_where_nothing_is_run():
 
 
 def test_rows_to_train_on_have_the_chain_of_thought_as_output_and_ask_for_their_format(taught, style, cache, tmp_path):
-    sft = explode_cot(taught, style, cache_dir=cache)
+    sft = explode_cot(taught, cache_dir=cache)
     assert len(sft) == sum(map(len, taught["cot"]))
     assert "cot" not in sft.column_names
     assert sft["output"][:] == [text for each in taught["cot"] for text in each]
     assert all(text.endswith(REQUEST) == (style == "fenced") for text in sft["input"])
-    assert len(explode_cot(taught, style, 1, cache_dir=cache)) == sum(map(bool, taught["cot"]))
+    assert len(explode_cot(taught, 1, cache_dir=cache)) == sum(map(bool, taught["cot"]))
     path = save_llamafactory(sft, tmp_path / "cot_sft.json")
     assert {tuple(record) for record in json.loads(path.read_text())} == {("instruction", "input", "output", "db_id")}
     entry = json.loads((tmp_path / "dataset_info.json").read_text())["cot_sft"]
@@ -271,7 +298,7 @@ def test_what_makes_no_sense_is_refused(rows, engine, cache):
     with pytest.raises(UserError, match="generate_cot adds"):
         explode_cot(rows)
     with pytest.raises(UserError, match="max_per_row is 0"):
-        explode_cot(rows, "fenced", 0)
+        explode_cot(rows, 0)
 
 
 # -- the policy's ----------------------------------------------------------------------------------------------------
@@ -364,18 +391,52 @@ def test_the_demo_goes_from_a_teacher_to_pairs_that_reason(tmp_path, monkeypatch
 
 
 def test_chains_of_thought_find_their_rows_by_the_prompt(taught, rows, style, cache):
-    sft = explode_cot(taught, style, cache_dir=cache)
-    found = attach_cot(rows, sft.shuffle(seed=1), style)
+    sft = explode_cot(taught, cache_dir=cache)
+    found = attach_cot(rows, sft.shuffle(seed=1), style, FILES.databases, cache_dir=cache)
     assert [set(each) for each in found["cot"]] == [set(each) for each in taught["cot"]]
 
 
 def test_chains_of_thought_in_another_format_or_for_other_rows_are_refused(taught, rows, style, cache):
-    sft = explode_cot(taught, style, cache_dir=cache)
+    sft = explode_cot(taught, cache_dir=cache)
     other = {"fenced": "think", "think": "fenced"}[style]
     with pytest.raises(UserError, match=f"Chain of thought 0 is not in the format '{other}'"):
-        attach_cot(rows, sft, other)
+        attach_cot(rows, sft, other, FILES.databases, cache_dir=cache)
     with pytest.raises(UserError, match="No chain of thought is for a prompt of these rows"):
-        attach_cot(load_sft(FILES.heldout), sft, style)
+        attach_cot(load_sft(FILES.heldout), sft, style, FILES.databases, cache_dir=cache)
+
+
+def test_a_chain_of_thought_that_is_not_right_for_its_row_is_never_chosen(rows, style, cache, caplog):
+    """Golds were mended since, or somebody else wrote the file, or the same question is asked of two databases."""
+    right, wrong = (FORMATS[style].write("We look.", sql) for sql in ("SELECT count(*) FROM book", "SELECT 12345"))
+    base = {"instruction": "", "input": "How many books are there?"}
+    two = load_sft(
+        Dataset.from_list(
+            [
+                {**base, "output": "SELECT count(*) FROM book", "db_id": "library"},
+                {**base, "output": "SELECT 1", "db_id": "shop"},
+            ]
+        )
+    )
+    kept = Dataset.from_list([{**base, "output": text} for text in (right, wrong)])
+    found = attach_cot(two, kept, style, FILES.databases, cache_dir=cache)
+    assert found["cot"][:] == [[right], []]
+    assert "3 of 4 chains of thought are not proven right and left out." in caplog.text
+
+
+def test_both_sides_of_a_pair_are_in_one_format(taught, sampled, engine, style, cache):
+    other = {"fenced": "think", "think": "fenced"}[style]
+    mixed = generate_rejected(taught, engine, settings(other), databases=FILES.databases, cache_dir=cache)
+    with pytest.raises(UserError, match="both sides of a pair must be in one"):
+        explode_rejected(mixed, cache_dir=cache)
+    assert len(explode_rejected(mixed.remove_columns("cot"), chosen="own", cache_dir=cache)) > 0
+
+
+def test_a_prompt_asks_for_the_format_of_its_answers_only(rows, engine, cache):
+    few = rows.select(range(3))
+    fenced = generate_rejected(few, engine, SETTINGS, cache_dir=cache)
+    assert all(text.endswith(REQUEST) for text in fenced["input"])
+    plain = generate_rejected(fenced, FILES.model, SamplingSettings(num_rejects=2, max_new_tokens=96), cache_dir=cache)
+    assert plain["input"][:] == few["input"][:]
 
 
 @pytest.fixture
@@ -416,7 +477,7 @@ def test_the_command_line_goes_from_a_teacher_to_pairs(run, style, tmp_path, cap
         (("--cot-data", "x.json"), "--cot-data holds chains of thought for --cot, which is not given."),
         (("--cot", "--databases", FILES.databases, "--chosen", "gold"), "--chosen gold with --cot needs chains"),
         (("--chosen", "own"), "--chosen needs --databases."),
-        (("--round", 0), "round is 0; it must be 1 or more."),
+        (("--round", 0), "round is 0; it must be 1 or more"),
         (("--cot", "--enable-thinking", "--databases", FILES.databases), "with enable_thinking use 'think'"),
     ],
 )  # fmt: skip
@@ -473,6 +534,17 @@ def test_a_teacher_without_one_right_answer_writes_no_file(run, tmp_path, capsys
     assert run("cot", *arguments) == 2
     assert "No chain of thought is left" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_data_that_reasons_is_not_paired_with_bare_candidates(run, taught, style, tmp_path, cache, capsys):
+    path = save_llamafactory(explode_cot(taught, 1, cache_dir=cache), tmp_path / "cot_sft.json")
+    common = ("--sft-data", path, "--databases", FILES.databases, "--output", tmp_path / "out.json")
+    assert run("reject", *common) == 2
+    assert "has a chain of thought in its output; candidates without one" in capsys.readouterr().err
+    # with --cot it is gold and chain of thought in one
+    assert run("reject", *common, "--cot", style, "--cot-data", path, "--chosen", "gold", "--max-samples", 8) == 0
+    golds = {record["output"] for record in json.loads(path.read_text())}
+    assert {pair["chosen"] for pair in json.loads((tmp_path / "out.json").read_text())} <= golds
 
 
 def test_evaluation_takes_answers_that_reason(run, tmp_path):

@@ -31,8 +31,7 @@ class Failing(TransformersEngine):
         for one in super().sample(requests, settings, budget):
             key = requests[one.place].row_seed, one.candidate
             self.asked.append(key)
-            if key not in self.lost:
-                yield one
+            yield one._replace(answer=None) if key in self.lost else one
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +84,45 @@ def test_what_was_made_of_a_part_is_made_anew_of_the_whole(rows, cache_dir):
     (few, first), (all_, second) = pairs(Failing(LOST)), pairs(Failing())
     assert (few, all_) == (0, 3)
     assert first <= second
+
+
+def test_what_fails_again_and_again_never_keeps_the_rest_from_being_written(rows, whole, cache_dir, caplog):
+    """A server that takes too many failures in a row for its end, as in a run where only those are left to ask for."""
+
+    class GivesUp(Failing):
+        def sample(self, requests, settings, budget):
+            some = False
+            for one in super().sample(requests, settings, budget):
+                some |= one.answer is not None
+                yield one
+            if not some:
+                raise UserError("http://server answered 503; see that it runs.")
+
+    generate_rejected(rows, Failing(LOST), SETTINGS, cache_dir=cache_dir)
+    again = GivesUp(LOST)
+    part = generate_rejected(rows, again, SETTINGS, cache_dir=cache_dir)
+    assert sum(statuses.count("failed") for statuses in part["candidate_status"]) == 5
+    assert part["rejected"][1:3] == whole["rejected"][1:3]
+    assert sorted(again.asked) == sorted(LOST)
+    assert "What failed before is left out for now." in caplog.text
+    # but what was never asked for is not given up silently
+    more = SamplingSettings(**{**vars(SETTINGS), "num_rejects": 4})
+    lost = [*LOST, *((SETTINGS.row_seed(row), 3) for row in range(12))]
+    with pytest.raises(UserError, match="see that it runs"):
+        generate_rejected(rows, GivesUp(lost), more, cache_dir=cache_dir)
+
+
+def test_an_answer_that_never_comes_counts_as_failed(rows, cache_dir):
+    class Silent(Failing):
+        def sample(self, requests, settings, budget):
+            yield from (one for one in super().sample(requests, settings, budget) if one.answer is not None)
+
+    part = generate_rejected(rows, Silent(LOST), SETTINGS, cache_dir=cache_dir)
+    assert sum(statuses.count("failed") for statuses in part["candidate_status"]) == 5
+    again = Failing()
+    whole = generate_rejected(rows, again, SETTINGS, cache_dir=cache_dir)
+    assert not any("failed" in statuses for statuses in whole["candidate_status"])
+    assert sorted(again.asked) == sorted(LOST)
 
 
 def test_sampling_until_proven_goes_on_with_other_candidates(rows, cache_dir):

@@ -20,7 +20,7 @@ SQL = st.sampled_from(
         "select count(*) from t where note = 'it''s'",
     ]
 )
-PROSE = st.text(string.ascii_letters + " .,\n'\"`*#-", min_size=1).map(str.strip).filter(bool)
+PROSE = st.text(string.ascii_letters + " .,\n'\"`*#-").map(lambda text: f"Look at {text}".strip())
 
 
 @given(st.sampled_from(REASONING), PROSE.filter(lambda text: "```" not in text), SQL)
@@ -30,7 +30,22 @@ def test_the_parts_of_an_answer_come_back_as_they_were_written(name, reasoning, 
     assert parts == (reasoning, sql)
 
 
-@given(st.sampled_from(list(FORMATS)), st.text())
+PIECES = ["We look. ", "\n", "```", "```sql\n", "~~~sql\n", "~~~", "SELECT a FROM b", ";", "CREATE TABLE b (a)", "> "]
+PIECES += [
+    "<think>",
+    "</think>",
+    "\n\n",
+    "````",
+    "```json\n{}\n```\n",
+    "'",
+    "`",
+    "-- x\n",
+    "SELECT '```' FROM b",
+    "1. ",
+]
+
+
+@given(st.sampled_from(list(FORMATS)), st.text() | st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_what_is_read_once_is_read_the_same_again(name, text):
     style = FORMATS[name]
     if parts := style.read(text):
@@ -38,14 +53,16 @@ def test_what_is_read_once_is_read_the_same_again(name, text):
         assert bool(parts.reasoning) == style.reasons
         if not style.reasons:
             return
-        again = style.read(style.write(*parts))
-        assert again is None or again.reasoning == parts.reasoning
+        assert style.read(style.write(*parts)) == parts
 
 
 @pytest.mark.parametrize(
     ("name", "text", "reasoning", "sql"),
     [
-        ("fenced", "A\n```sql\nSELECT 1 FROM a\n```\nNo:\n```sql\nSELECT 2 FROM a\n```", "SELECT 1", "SELECT 2 FROM a"),
+        ("fenced", "Of\n```sql\nCREATE TABLE a (b)\n```\n\n```sql\nSELECT 1 FROM a\n```", "TABLE", "SELECT 1 FROM a"),
+        ("fenced", "Easy.\n```sql\nSELECT 1 FROM a\n```\nIt gives\n```\n1\n2\n```", "Easy.", "SELECT 1 FROM a"),
+        ("fenced", "Use ```x``` only.\n~~~sql\nSELECT 1 FROM a\n~~~", "only.", "SELECT 1 FROM a"),
+        ("fenced", "Easy.\n```sql\nSELECT 1 FROM a\n```\nSELECT 1 FROM a", "Easy.", "SELECT 1 FROM a"),
         ("fenced", "<think>hm</think>Easy.\n\n```sql\nSELECT 1 FROM a\n```", "Easy.", "SELECT 1 FROM a"),
         ("fenced", "Easy.\n```\nSELECT 1 FROM a\n```\nI hope this helps!", "Easy.", "SELECT 1 FROM a"),
         ("fenced", "Easy.\n```sql\nSELECT 1 FROM a", "Easy.", "SELECT 1 FROM a"),
@@ -70,6 +87,13 @@ def test_answers_as_models_write_them_are_read(name, text, reasoning, sql):
         ("fenced", "Reasoning.\n```python\nprint(1)\n```"),
         ("fenced", "<think>all of it in thought</think>\n```sql\nSELECT 1 FROM a\n```"),
         ("fenced", "A </think>\n```sql\nSELECT 1 FROM a\n```"),
+        ("fenced", "First.\n```sql\nSELECT 1 FROM a\n```\nA mistake is\n```sql\nSELECT 2 FROM a\n```"),
+        ("fenced", "SQL query:\n```sql\nSELECT 1 FROM a\n```"),
+        ("fenced", "1. ```sql\nSELECT 1 FROM a\n```"),
+        ("fenced", "````sql\nSELECT 1 FROM a\n````"),
+        ("fenced", "> ```sql\n> SELECT 1 FROM a\n> ```"),
+        ("fenced", "We see\n```json\n{}\n```\n~~~sql\nSELECT 1 FROM a\n~~~\n~~~\n```\nname\nx\n```\n```"),
+        ("think", "<think>Easy.</think>\n```sql\nSELECT 1 FROM a\n```\nor\n```sql\nSELECT 2 FROM a\n```"),
         ("think", "Reasoning.\n```sql\nSELECT 1 FROM a\n```"),
         ("think", "<think>\n\n</think>\n\nSELECT 1 FROM a"),
         ("think", "<think>Reasoning. SELECT 1 FROM a"),

@@ -23,7 +23,6 @@ from t2s_pref import (
     load_sft,
     release_models,
 )
-from t2s_pref import sampler as sampler_module
 from t2s_pref.plan import group_rows
 from t2s_pref.prompts import messages
 from t2s_pref.sampler import RejectSampler
@@ -417,9 +416,29 @@ def test_the_run_says_how_it_was_decoded_also_when_it_comes_from_the_cache(rows,
         assert result.info.description.endswith("no adapter; prompts' common beginnings held once")
 
 
-def test_single_answers_are_recorded_as_they_end_in_float32_and_whole_batches_in_bfloat16(rows, cache_dir, monkeypatch):
-    monkeypatch.setattr(sampler_module, "KEEP_AFTER", 0)
+def test_what_was_found_of_other_candidates_never_stands_beside_new_ones(rows, cache_dir):
+    few = rows.select(range(4)).add_column("round", ["mine"] * 4)
+    settings = SamplingSettings(num_rejects=3, max_new_tokens=64, round=2)
+    first = generate_rejected(
+        few.remove_columns("round"),
+        MODEL,
+        settings,
+        keep_raw=True,
+        databases=demo_files().databases,
+        cache_dir=cache_dir,
+    )
+    second = generate_rejected(
+        first, MODEL, SamplingSettings(num_rejects=3, max_new_tokens=64, seed=9), cache_dir=cache_dir
+    )
+    assert set(first.column_names) - set(second.column_names) == {
+        *("verdict", "verdict_detail", "result_digest", "distance", "gold_verdict", "gold_detail"),
+        *("raw_answers", "round", "adapter", "policy_hash"),
+    }
+    # a column of the user's own that is called like one of ours stays
+    assert sampled(few, cache_dir)["round"][:] == ["mine"] * 4
 
+
+def test_single_answers_are_recorded_as_they_end_in_float32_and_whole_batches_in_bfloat16(rows, cache_dir):
     class Interrupted(TransformersEngine):
         def sample(self, *arguments):
             for number, answer in enumerate(super().sample(*arguments)):

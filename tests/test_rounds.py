@@ -208,6 +208,7 @@ def test_pairs_without_a_round_are_the_firsts(pairs):
         ([{"instruction": "a", "chosen": "b"}], "record 0 (line 1): column 'rejected' is missing"),
         ([{"instruction": "a", "chosen": "b", "rejected": ["c"]}], "column 'rejected' is \"['c']\""),
         ([{"instruction": "a", "chosen": "b", "rejected": "c", "round": "2"}], "column 'round' is '2'"),
+        ([{"instruction": "a", "chosen": "b", "rejected": "c", "round": 2**70}], "rounds are counted from 1"),
         ([{"instruction": "a", "chosen": None, "rejected": "c"}], "column 'chosen' is 'None'"),
         ([{"instruction": "a", "chosen": "b", "rejected": "c", "history": "d"}], "column 'history' has 'd'"),
     ],
@@ -226,6 +227,40 @@ def test_rows_that_are_not_exploded_are_not_merged(sampled):
         merge_pairs(sampled[0].add_column("chosen", [""] * ROWS))
     with pytest.raises(UserError, match="Column 'chosen' not found"):
         merge_pairs(Dataset.from_dict({"instruction": [""], "input": [""], "rejected": [""]}))
+
+
+PAIR = {"instruction": "", "input": "How many?", "chosen": "SELECT 1", "rejected": "SELECT 2"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rejected": None}, "Row 0: column 'rejected' is empty"),
+        ({"chosen": [{"role": "assistant", "content": "SELECT 1"}]}, "Column 'chosen' is "),
+        ({"round": "2"}, "Column 'round' is Value('string'); expected Value('int64')"),
+        ({"history": [["a"]]}, "Row 0: column 'history' has "),
+    ],
+)
+def test_what_is_no_pair_is_not_merged_but_refused_in_one_line(changed, message):
+    with pytest.raises(UserError) as refused:
+        merge_pairs(Dataset.from_list([{**PAIR, **changed}]))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_nothing_is_not_merged():
+    with pytest.raises(UserError, match="merge_pairs got no pairs"):
+        merge_pairs()
+
+
+def test_pairs_that_reason_otherwise_are_two_though_their_sql_is_the_same():
+    texts = [
+        f"Join -- {words}\n\n```sql\n{sql}\n```"
+        for words in ("a and b", "quite another")
+        for sql in ("SELECT 2", "select 2")
+    ]
+    pairs = [{**PAIR, "chosen": "We count.\n\n```sql\nSELECT 1\n```", "rejected": text} for text in texts]
+    assert merge_pairs(Dataset.from_list(pairs))["rejected"][:] == [texts[0], texts[2]]
 
 
 def test_the_command_line_goes_from_round_to_round(adapters, cache, tmp_path, capsys):
@@ -249,5 +284,5 @@ def test_the_command_line_goes_from_round_to_round(adapters, cache, tmp_path, ca
     assert {pair["adapter"] for pair in both} == {"round-1", "round-2"}
     assert all(str(tmp_path) not in json.dumps(pair) for pair in both)
     assert reject(2, "--merge", str(tmp_path / "2.json")) == 2
-    assert "--output is --merge" in capsys.readouterr().err
+    assert "which is read and would be overwritten" in capsys.readouterr().err
     assert json.loads((tmp_path / "2.json").read_text()) == both

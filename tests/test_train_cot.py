@@ -56,7 +56,7 @@ def taught(settings: SamplingSettings, folder: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def sft(taught: Dataset, style: str, folder: Path) -> Training:
-    rows = explode_cot(taught, style, cache_dir=folder)
+    rows = explode_cot(taught, cache_dir=folder)
     save_llamafactory(rows, folder / "cot_sft.json")
     keys = {"stage": "sft", "model_name_or_path": FILES.reasoner, **FORMATS[style].training_keys()}
     return train(folder, rows, "cot_sft", **keys)
