@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from t2s_pref.completions import Client, FailedError, Server, about
+from t2s_pref.completions import Client, Server
 from t2s_pref.errors import UserError
 from t2s_pref.protocol import Request, Sampled, Work
+from t2s_pref.replies import FailedError, about
 from t2s_pref.settings import SamplingSettings
 
 REFUSALS = 64  # where so many requests were refused and none was answered, none will be
@@ -33,7 +34,9 @@ class ChatEngine:
 
     The key is read from the environment variable `T2S_PREF_API_KEY` and from nowhere else; without it none is sent, nor
     is the token for the Hub. What may pass (429, 5xx, timeouts, broken connections) is tried again for about a minute.
-    A candidate that fails all the same is left out, counted in `failed`, and asked for again by the next run.
+    Where the server wants fewer requests (429), all of them wait, and for as long as others are answered none is given
+    up. A candidate that fails all the same is left out, counted in `failed`, and asked for again by the next run.
+    Redirects are not followed.
     `HF_HUB_OFFLINE` is about the Hub: this server is asked all the same.
 
     Args:
@@ -41,7 +44,8 @@ class ChatEngine:
             gets `/v1`.
         model (`str`): The model's name there.
         model_version (`str`, *optional*): What you call the weights that are served now.
-        parallel (`int`, *optional*, defaults to `16`): Requests under way at a time.
+        parallel (`int`, *optional*, defaults to `16`): Requests under way at a time. Each may take an hour, with its
+            time in the server's queue: ask a slow server with one slot for fewer.
 
     Raises:
         [`UserError`]: on a value that is not allowed; while sampling, where the server cannot be reached or refuses the
@@ -58,8 +62,8 @@ class ChatEngine:
         self._server = Server(base_url, model)
         self.model, self.model_version, self.parallel = model, model_version, parallel
         self.work, self.failed = Work(), 0
-        # How many were answered, how many were refused, and what the last ones failed with since an answer.
-        self._answered, self._refused, self._failures = 0, 0, []
+        # How many were refused, and what the last ones failed with since an answer.
+        self._refused, self._failures = 0, []
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class ChatEngine:
     def sample(
         self, requests: Sequence[Request], settings: SamplingSettings, budget: int = 0
     ) -> Generator[Sampled, None, None]:
-        """The candidates of the requests, each once, in the order in which they end; without those that fail.
+        """The candidates of the requests, each once, in the order in which they end; `None` for those that fail.
 
         Raises:
             [`UserError`]: where the server cannot be reached or refuses all, after all that it has answered.
@@ -137,6 +141,9 @@ class ChatEngine:
                     self._refused, self._failures = 0, []  # another run begins anew
                     raise one
                 place, number, read = one
+                if read is None:
+                    yield Sampled(place, number, None)
+                    continue
                 self.work.prompt_asked += read.prompt
                 self.work.prompt_computed += read.prompt - read.cached
                 self.work.generated += read.answer.tokens
@@ -160,10 +167,11 @@ class ChatEngine:
                     try:
                         read = await self._server.ask(client, requests[place], number, settings, stopping)
                     except FailedError as failure:
+                        done.put((place, number, None))  # before the run may end with it
                         self._note(failure)
                     else:
                         if read is not None:
-                            self._answered, self._failures = self._answered + 1, []
+                            self._failures = []
                             done.put((place, number, read))
                     if stopping.is_set():
                         return
@@ -178,7 +186,7 @@ class ChatEngine:
             for error in await asyncio.gather(*working, return_exceptions=True):
                 if error is not None:
                     raise error
-        if self._failures and not self._answered:
+        if self._failures and not self._server.answers:
             raise self._gone()
 
     def _note(self, failure: FailedError) -> None:
@@ -186,7 +194,7 @@ class ChatEngine:
         self.failed += 1
         if failure.refused:
             self._refused += 1
-            if self._refused >= REFUSALS and not self._answered:
+            if self._refused >= REFUSALS and not self._server.answers:
                 raise UserError(f"{self._server.url} {failure}; it has refused all of {self._refused} requests.")
         else:
             self._failures.append(failure)

@@ -8,77 +8,73 @@ import asyncio
 import json
 import logging
 import math
-import os
 import random
 import re
 import time
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import AsyncInferenceClient
 
-from t2s_pref.errors import UserError, one_line
-from t2s_pref.formats import CLOSE, OPEN
-from t2s_pref.protocol import Answer, Request, candidate_digest
+from t2s_pref.errors import UserError
+from t2s_pref.protocol import Request, candidate_digest
+from t2s_pref.replies import KEY, FailedError, NoAnswerError, Read, api_key, examine, read, shown
 from t2s_pref.settings import SamplingSettings
-from t2s_pref.stops import complete_part
-from t2s_pref.wire import PassingError, message_of
+from t2s_pref.wire import PassingError
 
 logger = logging.getLogger(__name__)
 
-KEY = "T2S_PREF_API_KEY"
-
 # Tries for an answer, about a minute in all; the seconds before a second one, doubled each time up to the longest; the
-# most seconds that a server may ask for with Retry-After; the seconds to connect, and for an answer as a whole.
+# most seconds that a server may ask for with Retry-After; the seconds to connect, and for an answer as a whole, which
+# may stand in the queue of a server with one slot for long.
 TRIES = 8
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.5, 30.0, 120.0
-CONNECT, TIMEOUT = 10.0, 600.0
-PASSING = {408, 409, 425, 429}  # and all from 500 up
+CONNECT, TIMEOUT = 10.0, 3600.0
+LOOK = 0.05  # seconds between looks at what the others have got
+LIMITED, UNAVAILABLE = 429, 503
+PASSING = {408, 409, 425, LIMITED}  # and all from 500 up
 HOPELESS = {
     401: f"check the key in {KEY}",
     402: "see to your account there",
     403: f"check the key in {KEY}",
     404: "check base_url (--base-url) and model (--model)",
 }
+ONE_ONLY = (403, 404)  # where others are answered, this one is refused: OpenRouter flags a prompt with 403
 DISPENSABLE = ("chat_template_kwargs", "seed")  # left out where a server refuses them by name
 RENAMED = "max_completion_tokens"  # what some of OpenAI's models want instead of max_tokens, and say so
-ENDED = ("stop", "eos_token", "stop_sequence")  # the last two are TGI's
-
-
-class FailedError(Exception):
-    """No answer for one candidate in this run; `refused` where another try would not help either."""
-
-    def __init__(self, reason: str, refused: bool) -> None:
-        super().__init__(reason)
-        self.refused = refused
-
-
-class Read(NamedTuple):
-    """An answer, the tokens of its prompt, and how many of these the server had in its cache."""
-
-    answer: Answer
-    prompt: int
-    cached: int
 
 
 class Client(AsyncInferenceClient):
     """The client without its guard, which refuses every request under HF_HUB_OFFLINE: this is not the Hub.
 
-    Should a version not ask here any more, such a request ends with a line that says why.
+    Should a version not ask here any more, such a request ends with a line that says why. Responses are examined here,
+    and redirects are not followed: they take prompts to another host, or make a GET of the request.
     """
 
     async def _get_async_client(self) -> Any:
-        session = await super()._get_async_client()
+        try:
+            session = await super()._get_async_client()
+        except Exception as error:  # nothing was asked yet: it is of what the environment names
+            base = str(self.model).removesuffix("/chat/completions")
+            raise UserError(
+                f"{base} cannot be asked ({shown(error)}); see to the proxy and certificate variables of the "
+                "environment (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE)."
+            ) from error
+        session.follow_redirects = False
         hooks = session.event_hooks
         own = [each for each in hooks["request"] if not each.__module__.startswith("huggingface_hub")]
-        session.event_hooks = {**hooks, "request": own}
+        theirs = [each for each in hooks["response"] if each is not examine]
+        session.event_hooks = {**hooks, "request": own, "response": [*theirs, examine]}
         return session
 
 
 class Server:
     """A server, and a model there by its name; it remembers what the server refuses and what was warned about.
+
+    Attributes:
+        answers: how many candidates it has answered.
 
     Raises:
         [`UserError`]: on a URL that is none.
@@ -87,11 +83,15 @@ class Server:
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = _base(url), model
         self.omitted: tuple[str, ...] = ()
+        self.answers = 0
         self._said: set[str] = set()
+        # Requests that wait for a response; before when none goes out, by time.monotonic(), because the server wants
+        # fewer; how often in a row it wanted that.
+        self._under_way, self._not_before, self._limits = 0, 0.0, 0
 
     def client(self) -> Client:
         """A new client, with the key that is in the environment now."""
-        key = _key()
+        key = api_key()
         # Where there is no key, the client would send the token for the Hub, to a stranger: so it is given another and
         # does not look that up, and the header is taken out again.
         return Client(
@@ -116,44 +116,77 @@ class Server:
             FailedError: where this candidate gets none.
             [`UserError`]: where no other would get one either.
         """
-        messages, omitted, tried = json.loads(bytes(request.prompt)), self.omitted, 0
+        messages, omitted, tried, paused = json.loads(bytes(request.prompt)), self.omitted, 0, 0
+        before = self.answers
         while True:
+            if await self._turn(stopping):
+                return None
+            begun = time.monotonic()
             try:
-                async with asyncio.timeout(TIMEOUT):
-                    fields = _fields(self.model, request, number, settings, omitted)
-                    answered = await client.chat_completion(messages, **fields)
-                read = _read(answered, request, settings)
+                answered = await self._once(client, messages, _fields(self.model, request, number, settings, omitted))
+                found = read(answered, request, settings)
                 self._leave_out(omitted, settings)
-                return read
+                self.answers, self._limits = self.answers + 1, 0
+                return found
             except (FailedError, UserError):
                 raise
             except Exception as error:  # the client's, the transport's, and those of what is no such answer
-                response = _response(error)
-                status, text = (0, "") if response is None else (response.status_code, response.text)
-                what = _what(error, status, text)
-            if key := _key():  # some servers repeat it
-                what = what.replace(key, "***")
+                failure = error if isinstance(error, NoAnswerError) else NoAnswerError(_what(error), 0, "", None)
+            what, status, text = str(failure), failure.status, failure.text
             if status in (400, 422):
                 names = (*DISPENSABLE, *(("max_tokens",) if RENAMED in text else ()))
                 refused = [name for name in names if name in text and name not in omitted]
                 if refused:
                     omitted = (*omitted, refused[0])
                     continue
-            if status in HOPELESS:
+            if status in ONE_ONLY:  # what is under way tells whether it is this one only
+                while self._under_way and not self.answers:
+                    if await _comes(stopping, LOOK):
+                        return None
+            if status in HOPELESS and not (status in ONE_ONLY and self.answers):
                 rest = "then run again: what was sampled is kept."
                 raise UserError(f"{self.url} {what.rstrip('.')}; {HOPELESS[status]}, {rest}")
             if 0 < status < 500 and status not in PASSING:
                 raise FailedError(what, refused=True)
-            if not tried:
-                self.warn("passing", f"{what}; trying again for about a minute.")
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1.5)
-            if response is not None:
-                pause = max(pause, _retry_after(response.headers.get("retry-after")))
-            tried += 1
+            # Of many that meet the server's limit, some come through: they show that the others will.
+            tried = 0 if status == LIMITED and self.answers > before else tried + 1
+            before = self.answers
             if tried >= TRIES:
                 raise FailedError(f"{what} at try {tried} of {TRIES}", refused=False)
-            if await _comes(stopping, pause):
+            after = _retry_after(failure.retry_after)
+            if status == LIMITED or (status == UNAVAILABLE and after):
+                self._hold(begun, after)
+            how_long = f"in {max(1, round(after))} s" if after else "for about a minute"
+            self.warn("waiting" if after else "passing", f"{what}; trying again {how_long}.")
+            if await _comes(stopping, max(after, _pause(paused))):
                 return None
+            paused += 1
+
+    async def _once(self, client: Client, messages: list[dict[str, str]], fields: dict[str, Any]) -> Any:
+        """What comes back to one request."""
+        self._under_way += 1
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                return await client.chat_completion(messages, **fields)
+        finally:
+            self._under_way -= 1
+
+    async def _turn(self, stopping: asyncio.Event) -> bool:
+        """Wait until the server may be asked again; whether `stopping` comes before."""
+        while (left := self._not_before - time.monotonic()) > 0:
+            if await _comes(stopping, left):
+                return True
+        return stopping.is_set()
+
+    def _hold(self, begun: float, after: float) -> None:
+        """Let no request go out for so many seconds, or where the server says none, for longer each time in a row.
+
+        `begun` is when the one went out that met the limit: those that were under way with it are one time.
+        """
+        now = time.monotonic()
+        if begun >= self._not_before:
+            self._not_before, self._limits = now + _pause(self._limits), self._limits + 1
+        self._not_before = max(self._not_before, now + after)
 
     def _leave_out(self, names: tuple[str, ...], settings: SamplingSettings) -> None:
         """The server has answered without these fields: from now on they are not sent."""
@@ -181,20 +214,8 @@ def _base(url: str) -> str:
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
             path = parts.path.rstrip("/").removesuffix("/chat/completions")
             return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
-    shown = "holds a name or password" if isinstance(url, str) and "@" in url else f"is {url!r}"
-    raise UserError(f"base_url {shown}; it must be like http://localhost:8000/v1, and a key goes into {KEY}.")
-
-
-def _key() -> str:
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{KEY} has a character that no HTTP header may have; it must be the key and nothing else.")
-    return key
-
-
-def about(text: str) -> int:
-    """About how many tokens a text has."""
-    return len(text.encode(errors="replace")) // 4 + 1
+    wrong = "holds a name or password" if isinstance(url, str) and "@" in url else f"is {url!r}"
+    raise UserError(f"base_url {wrong}; it must be like http://localhost:8000/v1, and a key goes into {KEY}.")
 
 
 def _seed(row_seed: int, candidate: int) -> int:
@@ -225,60 +246,20 @@ def _fields(
     return {**sent, "extra_body": extra}
 
 
-def _read(answered: Any, request: Request, settings: SamplingSettings) -> Read:
-    """What the server answered."""
-    # By attributes: as a dict, the whole answer lacks those fields of its parts that the client does not know.
-    choice, usage = answered.choices[0], answered.usage or {}
-    if choice.finish_reason == "abort":  # SGLang's and vLLM's, when they are stopped
-        raise PassingError("ended an answer with 'abort'")
-    if choice.finish_reason not in (*ENDED, "length"):
-        raise FailedError(f"ended an answer with {choice.finish_reason!r}", refused=True)
-    text = choice.message.content or ""
-    # Servers with a reasoning parser take the thoughts out of the answer.
-    thoughts = choice.message.get("reasoning_content") or choice.message.get("reasoning")
-    if thoughts:
-        text = f"{OPEN}\n{thoughts.strip()}\n{CLOSE}\n\n{text.lstrip()}"
-    text = text.encode(errors="replace").decode()  # JSON can hold halves of surrogate pairs
-    tokens, prompt = usage.get("completion_tokens"), usage.get("prompt_tokens")
-    # Some servers leave the stop text in the answer, and none sees where the SQL is complete.
-    found = [(at + len(stop), at) for stop in settings.stop if (at := text.find(stop)) >= 0]
-    part = text[: min(found)[1]] if found else text
-    if settings.ends_with_sql:
-        before, closed, _ = part.partition(CLOSE)
-        part = complete_part(part, thinking=OPEN not in before and (settings.enable_thinking or bool(closed)))
-    ended = choice.finish_reason != "length" or len(part) < len(text)
-    answer = Answer(part, about(text) if tokens is None else tokens, ended)
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Read(answer, len(request.prompt) // 4 + 1 if prompt is None else prompt, cached)
-
-
-def _response(error: BaseException) -> Any:
-    """The server's response that an error is about, `None` where there is none.
-
-    The client itself fails on some bodies of errors, a JSON list for one; the response is with what it was at, then.
-    """
-    at: BaseException | None = error
-    while at is not None:
-        response = getattr(at, "response", None)
-        if hasattr(response, "status_code"):
-            return response
-        at = at.__cause__ or at.__context__
-    return None
-
-
-def _what(error: Exception, status: int, text: str) -> str:
-    """What a try came to, in a few words."""
+def _what(error: Exception) -> str:
+    """What a try without a response came to, in a few words."""
     if isinstance(error, PassingError):
         return str(error)
-    if status:
-        return f"answered {status}: {message_of(text)}"
     if type(error).__name__ == "OfflineModeIsEnabled":
         raise UserError("HF_HUB_OFFLINE is set, and this huggingface_hub asks no server then; unset it.") from error
     if isinstance(error, TimeoutError) and not isinstance(error.__cause__, Exception):  # asyncio's, not a connect's
         return f"gave no answer within {TIMEOUT:g} s"
-    if isinstance(error, ValueError | TypeError | LookupError | AttributeError):
-        return f"answers, but with no chat completion ({one_line(error)})"
-    return f"failed ({one_line(error)})"
+    return f"failed ({shown(error)})"
+
+
+def _pause(number: int) -> float:
+    """The seconds of a pause, the first being 0: each about twice as long as the one before, and none like another."""
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(number, TRIES)) * random.uniform(0.5, 1.5)
 
 
 def _retry_after(header: str | None) -> float:
@@ -290,7 +271,7 @@ def _retry_after(header: str | None) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (ArithmeticError, LookupError, TypeError, ValueError):  # of years and zones that no clock has
             return 0.0
     if not (math.isfinite(seconds) and seconds > 0):
         return 0.0

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from t2s_pref.betrayal import betrayal
 from t2s_pref.cache import cached_map
 from t2s_pref.columns import (
     ALTERNATIVES,
@@ -90,8 +91,9 @@ def explode_rejected(
         dialect: SQL dialect of rows without one of their own.
         keep: the verdicts whose rejects are kept; by default `WRONG`, those proven wrong. Rejects that were not
             verified have no verdict, and are kept whatever they are.
-        chosen: `gold`; `own`, a candidate of the model that is proven right and is another text than the gold; or
-            `own_or_gold`, the gold where the model has none. Of several, each is chosen as often as the others.
+        chosen: `gold`; `own`, a candidate of the model that is proven right, is another text than the gold and does not
+            speak of a given answer; or `own_or_gold`, the gold where the model has none. Of several, each is chosen as
+            often as the others.
         select: which pairs come first where a row has more than `max_per_row`, and which right answer a reject is
             paired with: `first` as sampled, `hardest` the two whose syntax trees differ least, `diverse` rejects of
             other verdicts and other results, `closest_length` the least difference in characters, `random` by `seed`.
@@ -225,7 +227,12 @@ def _sides(row: dict[str, Any], causes: list[str], chosen: str) -> tuple[list[An
         if cause == KEPT
     ]
     right = proven_right("fenced" if reasons else "sql")
-    own = [Answer(place, texts[place], sqls[place]) for place, verdict in enumerate(found) if verdict in right]
+    own = [
+        Answer(place, texts[place], sqls[place])
+        for place, verdict in enumerate(found)
+        if verdict in right
+        and not (reasons and betrayal(texts[place]))  # learnt from its teacher, and not to be praised
+    ]
     of_gold = (row.get(COT) or []) if reasons else [row[OUTPUT]]
     expected = format_of(rejects[0].text) if reasons and rejects else "sql"
     if chosen != OWN and rejects and (other := {format_of(text) for text in of_gold} - {expected}):

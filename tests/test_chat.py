@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import html
 import json
 import logging
 import signal
@@ -12,12 +13,24 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 from transformers_serve import Proxy, TransformersServe
 
-from t2s_pref import SamplingSettings, UserError, chat, completions, demo_files, generate_rejected
+from t2s_pref import (
+    SamplingSettings,
+    UserError,
+    chat,
+    commands,
+    completions,
+    demo_files,
+    generate_rejected,
+    replies,
+    wire,
+)
 from t2s_pref.chat import ChatEngine
+from t2s_pref.cli import build_parser, main
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
 from t2s_pref.protocol import Request
 from t2s_pref.store import SampleStore
@@ -65,12 +78,12 @@ def one_of(requests):
 
 
 def found(engine, requests, settings=SETTINGS):
-    """The answers by place and candidate's number; each of them once."""
+    """The answers by place and candidate's number; each of them once, and none of what failed."""
     answers = {}
     for place, candidate, answer in engine.sample(requests, settings):
         assert (place, candidate) not in answers
         answers[place, candidate] = answer
-    return answers
+    return {of: answer for of, answer in answers.items() if answer is not None}
 
 
 def first_seed(requests):
@@ -101,6 +114,16 @@ def free_url():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def completion(content="SELECT 1", finish_reason="stop", usage=None, **fields):
+    """The text of an answer that needs no model."""
+    choice = {
+        "index": 0,
+        "finish_reason": finish_reason,
+        "message": {"role": "assistant", "content": content, **fields},
+    }
+    return json.dumps({"choices": [choice], "usage": usage})
 
 
 def no_thread_is_left():
@@ -268,13 +291,46 @@ def test_what_follows_complete_sql_is_cut_only_where_the_format_ends_there(
     assert answer.ended == (kept != "all")
 
 
-@pytest.mark.parametrize("reason", ["eos_token", "stop_sequence"])
-def test_an_answer_has_ended_in_the_words_of_tgi_too(server, engine_at, requests, reason):
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("stop", ["\n\n", ";", "Think"])
+def test_a_stop_string_is_not_searched_in_thoughts_that_the_server_took_out(server, engine_at, requests, name, stop):
+    server.fail(200, completion("\n\nSELECT 1;\n\nDone", **{name: "Think: `SELECT 2;`?\n\nNo."}))
+    answer = found(engine_at(), one_of(requests), SamplingSettings(stop=(stop,), answer_format="think"))[0, 0]
+    kept = "SELECT 1" if stop == ";" else "SELECT 1;"
+    assert answer.text == f"<think>\nThink: `SELECT 2;`?\n\nNo.\n</think>\n\n{kept}"
+
+
+def test_a_text_in_parts_is_joined_and_thoughts_of_another_kind_are_none(server, engine_at, requests):
+    parts = [{"type": "text", "text": "SELECT"}, {"type": "image"}, {"type": "text", "text": " 1"}]
+    server.fail(200, completion(parts, reasoning_content=[{"type": "text", "text": "One."}]), times=1)
+    assert found(engine_at(), one_of(requests))[0, 0].text == "<think>\nOne.\n</think>\n\nSELECT 1"
+    for odd in ({"a": 1}, 3, [], [None], [{"type": "text", "text": 5}], True):
+        server.fail(200, completion(parts, reasoning=odd), times=1)
+        assert found(engine_at(), one_of(requests))[0, 0].text == "SELECT 1"
+
+
+@pytest.mark.parametrize("reason", ["eos_token", "stop_sequence", "end_turn", "STOP", "End_Turn"])
+def test_an_answer_has_ended_in_the_words_of_other_servers_too(server, engine_at, requests, reason):
     server.change = rewriting(finish_reason=reason)
     assert found(engine_at(), one_of(requests))[0, 0].ended
 
 
-@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", None])
+@pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "model_length"])
+def test_an_answer_was_cut_in_the_words_of_other_servers_too(server, engine_at, requests, reason):
+    server.change = rewriting(finish_reason=reason)
+    assert not found(engine_at(), one_of(requests))[0, 0].ended
+
+
+@pytest.mark.parametrize("reason", [None, ""])
+@pytest.mark.parametrize(("tokens", "ended"), [(CAP - 1, True), (CAP, False), (CAP + 5, False), (None, True)])
+def test_an_answer_of_which_nobody_says_how_it_ended_was_cut_if_it_is_as_long_as_the_cap(
+    server, engine_at, requests, reason, tokens, ended
+):
+    server.fail(200, completion(finish_reason=reason, usage={"completion_tokens": tokens}))
+    assert found(engine_at(), one_of(requests))[0, 0].ended == ended
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "3"])
 def test_an_answer_that_ended_in_another_way_is_none(server, engine_at, requests, caplog, reason):
     server.change = rewriting(finish_reason=reason)
     engine = engine_at()
@@ -302,6 +358,35 @@ def test_work_counts_what_the_server_says_and_estimates_where_it_says_nothing(se
     engine = engine_at()
     assert found(engine, one_of(requests))[0, 0].tokens > 0
     assert engine.work.prompt_asked > 0
+
+
+def test_numbers_of_tokens_that_cannot_be_true_are_estimated(server, engine_at, requests):
+    asked, text = one_of(requests), "SELECT 1"
+    prompt, tokens = len(asked[0].prompt) // 4 + 1, len(text) // 4 + 1
+    details = {"completion_tokens": 3, "prompt_tokens": 5}
+    usages = [{"completion_tokens": odd, "prompt_tokens": odd} for odd in (3.5, 10**30, "3", -1, True, [3], 2**31)]
+    usages += ["x", 7, [], {}]
+    cases = [(usage, (tokens, prompt, 0)) for usage in usages]
+    for odd in ({"cached_tokens": "4"}, {"cached_tokens": 1.5}, {"cached_tokens": -1}, [], [{"a": 1}], "x", 4):
+        cases.append(({**details, "prompt_tokens_details": odd}, (3, 5, 0)))
+    cases.append(({**details, "prompt_tokens_details": {"cached_tokens": 9}}, (3, 5, 5)))  # no more than there are
+    for usage, (generated, of_prompt, cached) in cases:
+        server.fail(200, completion(text, usage=usage), times=1)
+        engine = engine_at()
+        assert found(engine, asked)[0, 0].tokens == generated, usage
+        assert engine.work.generated == generated
+        assert (engine.work.prompt_asked, engine.work.prompt_computed) == (of_prompt, of_prompt - cached), usage
+    assert len(server.asked) == len(cases)
+
+
+def test_numbers_of_tokens_that_cannot_be_true_do_no_harm_to_the_cache(server, engine_at, rows, cache_dir):
+    server.fail(200, completion(usage={"completion_tokens": 10**30, "prompt_tokens": 2.5}))
+    few, settings = rows.select(range(2)), SamplingSettings(2, max_new_tokens=CAP)
+    first = generate_rejected(few, engine_at(), settings, cache_dir=cache_dir)
+    more = SamplingSettings(1, max_new_tokens=CAP)
+    again = generate_rejected(few, engine_at(), more, cache_dir=cache_dir)
+    assert len(server.asked) == 4
+    assert [texts[:1] for texts in first["rejected"]] == again["rejected"]
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
@@ -346,9 +431,10 @@ def test_what_is_no_chat_completion_is_tried_again(server, engine_at, requests, 
     assert "answers, but with no chat completion" in message
 
 
-def test_an_answer_that_was_aborted_is_asked_for_again(server, engine_at, requests):
+@pytest.mark.parametrize("reason", ["abort", "error", "Error", "insufficient_system_resource"])
+def test_an_answer_that_was_aborted_is_asked_for_again(server, engine_at, requests, reason):
     aborted = iter([True])
-    server.change = lambda answer: rewriting(finish_reason="abort")(answer) if next(aborted, False) else answer
+    server.change = lambda answer: rewriting(finish_reason=reason)(answer) if next(aborted, False) else answer
     assert len(found(engine_at(), one_of(requests))) == 1
     assert len(server.asked) == 2
 
@@ -361,10 +447,73 @@ def test_an_answer_that_does_not_come_is_asked_for_again(server, engine_at, requ
     assert server.wait_until(lambda: server.abandoned == 1)
 
 
-def test_the_server_says_how_long_to_wait(server, engine_at, requests):
-    server.fail(429, times=1, headers={"Retry-After": "1"})
+def test_an_answer_may_wait_in_the_queue_of_a_server_with_one_slot_for_as_long_as_at_a_vllm_server():
+    assert completions.TIMEOUT == wire.ANSWER == 3600
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_server_says_how_long_to_wait_and_the_warning_says_it_too(server, engine_at, requests, caplog, status):
+    server.fail(status, times=1, headers={"Retry-After": "1"})
     assert len(found(engine_at(), one_of(requests))) == 1
     assert 1 <= server.times[1] - server.times[0] < 10
+    assert warnings(caplog) == [f"{server.url}/v1 answered {status}: overloaded; trying again in 1 s."]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_where_the_server_wants_fewer_requests_all_of_them_wait(server, engine_at, requests, status):
+    server.fail(status, times=1, headers={"Retry-After": "1"}, where=has_seed(first_seed(requests)))
+    server.hang(0.1)
+    assert len(found(engine_at(parallel=4), requests)) == 9
+    since = [at - server.times[0] for at in server.times]
+    assert not [at for at in since if 0.5 < at < 1]
+    assert len([at for at in since if at >= 1]) >= 3
+
+
+def test_a_limit_on_the_rate_costs_time_and_no_candidate(server, engine_at, requests, caplog):
+    begun, passed, tries = time.monotonic(), [], {}
+
+    def over(body):  # 50 a second
+        tries[body["seed"]] = tries.get(body["seed"], 0) + 1
+        if len(passed) >= (time.monotonic() - begun) * 50:
+            return True
+        passed.append(body)
+        return False
+
+    server.fail(429, "Rate limit", where=over)
+    server.fail(200, completion())
+    asked = [Request(request.prompt, request.row_seed, range(17), CAP) for request in requests]
+    engine = engine_at(parallel=16)
+    assert len(found(engine, asked)) == 51
+    assert engine.failed == 0
+    assert time.monotonic() - begun < 20
+    assert len(warnings(caplog)) == 1
+    assert sum(tries.values()) > 51
+
+
+def test_a_limit_that_does_not_pass_ends_a_candidate_after_as_many_tries_as_any_failure(server, engine_at, requests):
+    server.fail(429)
+    message = refusal(lambda: found(engine_at(), one_of(requests)))
+    assert f"answered 429: overloaded at try {completions.TRIES} of {completions.TRIES}" in message
+    assert len(server.asked) == completions.TRIES
+
+
+def test_one_candidate_that_alone_meets_a_limit_is_given_up_once_no_other_is_answered(server, engine_at, requests):
+    server.fail(429, where=has_seed(first_seed(requests)))
+    server.fail(200, completion())
+    engine = engine_at(parallel=2)
+    assert len(found(engine, requests)) == 8
+    assert engine.failed == 1
+
+
+def test_a_caller_who_has_enough_does_not_wait_for_the_end_of_a_limit(server, engine_at, requests):
+    server.fail(429, headers={"Retry-After": "100"}, where=lambda body: len(server.asked) > 1)
+    start = time.perf_counter()
+    with closing(engine_at(parallel=4).sample(requests, SETTINGS)) as sampled:
+        next(sampled)
+        assert server.wait_until(lambda: len(server.asked) >= 4)
+        time.sleep(0.2)  # the one that was answered waits for its turn
+    assert no_thread_is_left()
+    assert time.perf_counter() - start < 20
 
 
 def test_a_wait_can_be_a_date_and_has_a_bound(monkeypatch):
@@ -374,6 +523,27 @@ def test_a_wait_can_be_a_date_and_has_a_bound(monkeypatch):
     assert completions._retry_after("1.5") == 1.5
     for header in (None, "", "soon", "-3", "nan", "inf", "0", email.utils.formatdate(0)):
         assert completions._retry_after(header) == 0
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "1e400",
+        "Wed, 01 Jan 0001 00:00:00 +2300",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "Wed, 01 Jan 10000 00:00:00 GMT",
+        "Wed, 01 Jan 2025 00:00:00 +99999999999",
+        "Wed, 01 Jan 99999999999999999999 00:00:00 GMT",
+        "Mon, 99 Foo 2020",
+        ",,,,,",
+        ":::::",
+        "1 2 3 4 5 6 7",
+        "5, 5",
+        "9" * 400,
+    ],
+)
+def test_a_wait_that_is_none_is_none_at_most(header):
+    assert 0 <= completions._retry_after(header) <= completions.LONGEST_RETRY_AFTER + completions.FIRST_PAUSE
 
 
 def test_pauses_grow_and_differ(server, engine_at, requests, monkeypatch):
@@ -389,7 +559,9 @@ def test_pauses_grow_and_differ(server, engine_at, requests, monkeypatch):
 def test_a_candidate_that_fails_is_left_out_and_counted_and_costs_no_other(server, engine_at, requests, caplog):
     server.fail(503, where=has_seed(first_seed(requests)))
     engine = engine_at(parallel=2)
-    assert set(found(engine, requests)) == {(place, number) for place in range(3) for number in range(3)} - {(0, 0)}
+    sampled = list(engine.sample(requests, SETTINGS))
+    assert {one[:2] for one in sampled} == {(place, number) for place in range(3) for number in range(3)}
+    assert [one[:2] for one in sampled if one.answer is None] == [(0, 0)]
     assert engine.failed == 1
     assert warnings(caplog)[-1] == (
         f"{server.url}/v1 answered 503: overloaded at try 8 of 8; such candidates are left out, and the next run asks "
@@ -433,6 +605,153 @@ def test_a_wrong_key_or_address_ends_the_run_at_once_with_the_way_out(server, en
     assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_candidate_that_may_not_be_asked_for_is_left_out_where_others_are_answered(
+    server, engine_at, requests, caplog, status
+):
+    flagged = '{"error": {"message": "Your input was flagged", "code": 403}}'
+    server.fail(status, flagged, where=lambda body: body["seed"] == first_seed(requests) and len(server.answered) > 0)
+    asked = [*requests[1:], requests[0]]
+    engine = engine_at(parallel=1)
+    assert len(found(engine, asked)) == 8
+    assert (engine.failed, len(server.asked)) == (1, 9)
+    (warning,) = warnings(caplog)
+    assert f"answered {status}: Your input was flagged; such candidates are left out" in warning
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_the_first_that_may_not_be_asked_for_waits_for_what_the_others_get(server, engine_at, requests, status):
+    server.fail(status, where=has_seed(first_seed(requests)))
+    server.hang(0.1)
+    engine = engine_at(parallel=4)
+    assert len(found(engine, requests)) == 8
+    assert engine.failed == 1
+    server.faults.clear()
+    server.fail(status)
+    server.hang(120)
+    assert f"answered {status}" in refusal(lambda: found(engine_at(parallel=4), requests))
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_a_key_or_an_account_that_is_not_good_any_more_ends_the_run_whatever_was_answered(
+    server, engine_at, requests, status
+):
+    server.fail(status, where=lambda body: len(server.answered) > 2)
+    assert f"answered {status}" in refusal(lambda: found(engine_at(parallel=1), requests))
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("code", [401, "402", 404])
+def test_an_error_under_status_200_counts_as_the_status_that_it_names(server, engine_at, requests, code):
+    server.fail(200, json.dumps({"error": {"code": code, "message": "No auth"}, "user_id": "u"}))
+    message = refusal(lambda: found(engine_at(parallel=1), requests))
+    assert message.startswith(f"{server.url}/v1 answered {code}: No auth; ")
+    assert len(server.asked) == 1
+
+
+def test_an_error_under_status_200_that_may_pass_is_tried_again_and_one_that_may_not_is_not(
+    server, engine_at, requests, caplog
+):
+    server.fail(200, '{"error": {"code": 429, "message": "Slow down"}, "choices": []}', times=2)
+    assert len(found(engine_at(), one_of(requests))) == 1
+    assert "answered 429: Slow down; trying again" in warnings(caplog)[0]
+    server.fail(200, '{"error": {"code": 400, "message": "Too long"}}', where=has_seed(first_seed(requests)))
+    engine = engine_at(parallel=1)
+    assert len(found(engine, requests)) == 8
+    assert (engine.failed, len(server.asked)) == (1, 3 + 9)
+
+
+@pytest.mark.parametrize(
+    "error", ['"No slot"', '{"message": "No slot"}', '{"message": "No slot", "code": "busy"}', '{"No slot": 200}']
+)
+def test_an_error_under_status_200_that_names_no_status_is_tried_again(server, engine_at, requests, error):
+    server.fail(200, f'{{"error": {error}}}')
+    message = refusal(lambda: found(engine_at(), one_of(requests)))
+    assert "answered with an error" in message
+    assert "No slot" in message
+    assert len(server.asked) == completions.TRIES
+
+
+@pytest.mark.parametrize("charset", ["bogus", "undefined", "idna", "punycode", "hex", "utf-16"])
+def test_an_error_is_read_whatever_it_says_its_characters_are(server, engine_at, requests, caplog, charset):
+    headers = {"Content-Type": f"text/html; charset={charset}"}
+    server.fail(503, "büsy..", times=1, headers=headers)
+    server.fail(400, "nö", where=has_seed(first_seed(requests)), headers=headers)
+    assert len(found(engine_at(parallel=1), requests)) == 8
+    assert [warning.split("/v1 ")[1][:20] for warning in warnings(caplog)] == [
+        "answered 503: büsy..",
+        "answered 400: nö; su",
+    ]
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_a_body_that_is_nested_too_deep_is_an_error_like_others(server, engine_at, requests, status):
+    server.fail(status, "[" * 100_000, where=has_seed(first_seed(requests)))
+    engine = engine_at()
+    assert len(found(engine, requests)) == 8
+    assert engine.failed == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("path", ["/v2/chat/completions", "//me:sesame@127.0.0.1:PORT/v2?token=sesame#sesame"])
+def test_a_redirect_is_not_followed_and_the_error_says_where_the_server_is_now(
+    server, served, engine_at, requests, status, path
+):
+    with Proxy(served.port) as other:
+        there = path.replace("PORT", other.url.rpartition(":")[2])
+        server.fail(status, "", headers={"Location": there})
+        message = refusal(lambda: found(engine_at(parallel=1), requests))
+        assert not other.asked
+    assert len(server.asked) == 1
+    now = f"{server.url}/v2/chat/completions" if "//" not in path else f"{other.url}/v2"
+    assert message == (
+        f"{server.url}/v1 answered {status}: it is now at {now}; redirects are not followed, give that as base_url."
+    )
+
+
+@pytest.mark.parametrize("location", ["http://[bad", "http://host:port/a", "\u00e9 \u2028", "x" * 5000, ""])
+def test_a_redirect_to_nowhere_is_one_line_too(server, engine_at, requests, location):
+    server.fail(307, "", headers={"Location": location.encode().decode("latin-1")})
+    assert "answered 307: it is now at " in refusal(lambda: found(engine_at(), one_of(requests)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("SSL_CERT_FILE", "/nonexistent/certificates.pem", "No such file"),
+        ("ALL_PROXY", "ftp://me:sesame@127.0.0.1:1", "ftp"),
+    ],
+)
+def test_an_environment_that_no_client_can_be_made_in_ends_the_run_at_once(
+    server, engine_at, requests, monkeypatch, name, value, told
+):
+    monkeypatch.setenv(name, value)
+    message = refusal(lambda: found(engine_at(), requests))
+    assert message.startswith(f"{server.url}/v1 cannot be asked (")
+    assert told in message
+    assert name in message
+    assert "sesame" not in message
+    assert not server.asked
+
+
+def test_a_proxy_whose_package_is_not_there_ends_the_run_at_once(engine_at, requests, monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    message = refusal(lambda: found(engine_at(), requests))
+    assert "ImportError" in message
+    assert "ALL_PROXY" in message
+
+
+def test_an_error_of_the_client_before_any_response_is_not_called_an_answer(engine_at, requests, monkeypatch):
+    async def post(*_, **__):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(completions.Client, "_inner_post", post)
+    message = refusal(lambda: found(engine_at(), one_of(requests)))
+    assert "failed (ValueError: no such thing)" in message
+    assert "answers" not in message
+
+
 def test_a_server_that_is_gone_ends_the_run_once_as_many_candidates_failed_as_are_asked_for_at_once(
     server, engine_at, requests
 ):
@@ -443,8 +762,10 @@ def test_a_server_that_is_gone_ends_the_run_once_as_many_candidates_failed_as_ar
         f"{server.url}/v1 answered 503: no engine left at try 8 of 8; see that the server runs, then run again: what "
         "was sampled is kept."
     )
-    assert len(answers) == len(server.answered)
-    assert 2 <= len(answers) <= 3
+    failed = [one for one in answers if one.answer is None]
+    assert len(failed) == 2  # known to be so before the run ends
+    assert len(answers) - 2 == len(server.answered)
+    assert 2 <= len(server.answered) <= 3
     assert len(server.asked) <= len(answers) + 3 * completions.TRIES
 
 
@@ -529,6 +850,78 @@ def test_the_key_is_sent_and_stands_nowhere_else(server, engine_at, rows, cache_
     files = [path for path in cache_dir.rglob("*") if path.is_file()]
     assert files
     assert not any(b"sesame" in path.read_bytes() for path in files)
+
+
+SECRET = 'sk-Or v1/9f+c"0=d\\8e'
+
+
+PIECES = ("sk-or", "%6b%2d", "v1/9", "%252f", "v1%2f", "9f+c", "9f%2b", "0=d", "0%3d")
+
+
+def escaped_whole(key):
+    return "".join(f"%{ord(character):02x}" for character in key)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [str, quote, quote_plus, lambda key: quote(key, safe="").lower(), str.upper, escaped_whole, html.escape, repr]
+    + [lambda key: quote(quote(key)), json.dumps, lambda key: json.dumps(json.dumps(key))],
+)
+def test_no_piece_of_the_key_is_left_wherever_a_text_is_cut_and_however_it_is_escaped(monkeypatch, written):
+    monkeypatch.setenv(completions.KEY, SECRET)
+    for before in range(260, 301):
+        said = "x" * before + written(SECRET) + " was sent"
+        escaped = "".join(f"\\u{ord(character):04x}" for character in said)
+        for text in (said, json.dumps({"error": {"message": said}}), f'{{"error": "{escaped}"}}', json.dumps([said])):
+            shown = replies.said(text)
+            assert len(shown) <= 300
+            assert not [piece for piece in PIECES if piece in shown.lower()]
+
+
+def test_the_key_is_shown_in_no_error_and_no_warning(server, engine_at, requests, caplog, monkeypatch):
+    monkeypatch.setenv(completions.KEY, SECRET)
+    monkeypatch.setattr(completions, "TRIES", 2)
+    said = "x" * 285 + SECRET
+    shown = []
+    for status in (200, 401, 503):
+        server.faults.clear()
+        server.fail(status, json.dumps({"error": {"message": said}}))
+        shown.append(refusal(lambda: found(engine_at(), one_of(requests))))
+    server.faults.clear()
+    server.fail(307, headers={"Location": "/" + quote(SECRET, safe="/")})
+    shown.append(refusal(lambda: found(engine_at(), one_of(requests))))
+    reasons = [SECRET, "x" * 90 + SECRET, f"'{SECRET}", {"type": SECRET}, [said]]
+    for text in [json.dumps({"detail": said}), *(completion(finish_reason=reason) for reason in reasons)]:
+        server.faults.clear()
+        server.fail(400 if "detail" in text else 200, text)
+        assert not found(engine_at(), one_of(requests))
+    shown += warnings(caplog)
+    assert len(shown) == 4 + 4 + 6
+    for text in shown:
+        assert not [piece for piece in PIECES if piece in text.lower()]
+
+
+def test_a_long_text_of_the_servers_is_masked_at_once_and_shown_in_part(monkeypatch):
+    monkeypatch.setenv(completions.KEY, SECRET)
+    start = time.perf_counter()
+    for text in ("\\" * 1_000_000, "%25" * 300_000, " " * 1_000_000 + SECRET, "/" * 1_000_000):
+        assert len(replies.masked(text)) <= replies.READ
+        assert len(replies.said(text)) <= 300
+        assert not [piece for piece in PIECES if piece in replies.said(text).lower()]
+    assert time.perf_counter() - start < 5
+
+
+def test_a_key_that_is_a_short_word_garbles_no_message(server, engine_at, requests, monkeypatch):
+    for key, said, shown in (
+        ("e", "bad key given here", "bad key given here"),
+        ("e", "'e' is no key", "'***' is no key"),
+        ("EMPTY", "Your prompt is empty, EMPTY!", "Your prompt is empty, ***!"),
+        ("message", '{"error": {"message": "not message"}}', "not ***"),
+    ):
+        monkeypatch.setenv(completions.KEY, key)
+        server.faults.clear()
+        server.fail(401, said)
+        assert shown in refusal(lambda: found(engine_at(), one_of(requests)))
 
 
 def test_without_a_key_none_is_sent_and_not_the_one_for_the_hub_either(server, engine_at, requests, monkeypatch):
@@ -673,14 +1066,14 @@ def start(server, served, folder, how):
 
 
 def records(folder):
-    """The keys of all records of the store, as often as they stand there."""
-    keys = []
+    """The keys of all answers in the store, as often as they stand there; beside them is noted what failed."""
+    kept = []
     for store in (folder / "cache" / "samples").iterdir():
         for segment in store.glob("segment-*.log"):
-            keys += [json.loads(line.split(b" ", 1)[1])["key"] for line in segment.read_bytes().splitlines()]
+            kept += [json.loads(line.split(b" ", 1)[1]) for line in segment.read_bytes().splitlines()]
         with SampleStore(store) as opened:
-            assert len(opened) == len(set(keys))
-    return keys
+            assert len(opened) == len({record["key"] for record in kept})
+    return [record["key"] for record in kept if "failed" not in record["record"]]
 
 
 def answered(server):
@@ -760,12 +1153,22 @@ def test_ctrl_c_ends_a_run_that_waits_for_answers(server, served, tmp_path):
         ),
         (["--base-url", "http://127.0.0.1:1", "--endpoint", "http://127.0.0.1:1"], "--base-url is for another kind"),
         (["--model-version", "1"], "--model-version needs --endpoint or --base-url"),
+        (["--parallel", "1"], "--parallel needs --endpoint or --base-url"),
+        (["--base-url", "http://127.0.0.1:1", "--model", "a", "--parallel", "0"], "parallel is 0; it must be"),
+        (["--endpoint", "http://127.0.0.1:1", "--parallel", "-1"], "parallel is -1; it must be"),
         (["--base-url", "127.0.0.1:1", "--model", "a"], "it must be like http://localhost:8000/v1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(capsys, tmp_path, arguments, told):
-    from t2s_pref.cli import main
-
     data = ["--sft-data", demo_files().train, "--output", str(tmp_path / "dpo.json")]
     assert main(["reject", *data, *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("where", "usual"), [(["--endpoint", "http://127.0.0.1:1"], 32), (["--base-url", "http://h", "--model", "a"], 16)]
+)
+def test_the_number_of_requests_at_a_time_is_an_option_and_otherwise_the_engines_own(where, usual):
+    arguments = ["reject", "--sft-data", "a.json", "--output", "b.json", *where]
+    assert commands._engine(build_parser().parse_args(arguments)).parallel == usual
+    assert commands._engine(build_parser().parse_args([*arguments, "--parallel", "3"])).parallel == 3

@@ -553,6 +553,15 @@ def test_evaluation_takes_answers_that_reason(run, tmp_path):
     assert json.loads(report.read_text())["accuracy"]["greedy"][""]["strict"] > 0.4
 
 
+def test_a_right_candidate_that_speaks_of_a_given_answer_is_not_chosen(cache):
+    texts = [FORMATS["fenced"].write(words, "SELECT 1") for words in ("As the given query shows.", "We count.")]
+    rows = {"output": ["SELECT 1"], "rejected": [["SELECT 1", "SELECT 1", "SELECT 2"]]}
+    rows["verdict"] = [["same_text", "same_text", "wrong_result"]]
+    rows["answers"] = [[*texts, FORMATS["fenced"].write("We add.", "SELECT 2")]]
+    (pair,) = explode_rejected(Dataset.from_dict(rows), chosen="own", cache_dir=cache)
+    assert pair["chosen"] == texts[1]
+
+
 def test_a_cot_column_of_an_empty_list_or_null_is_none(cache):
     rows = Dataset.from_dict(
         {
