@@ -20,7 +20,7 @@ DEMO_SETTINGS = SamplingSettings(num_rejects=3, max_new_tokens=128)
 DEMO_CANDIDATES = 9
 
 # With reasoning they have some sixty, and fewer rows show as much.
-COT_SETTINGS = SamplingSettings(num_rejects=3, max_new_tokens=256, answer_format="fenced")
+COT_SETTINGS = SamplingSettings(num_rejects=3, max_new_tokens=256, temperature=1.0, answer_format="fenced")
 COT_ROWS = 100
 
 

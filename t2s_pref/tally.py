@@ -81,7 +81,7 @@ CAUSES[MASTERED] = ("mastered: every candidate is right", "there is nothing to l
 
 UNPROVEN = "A reject differs from the gold as text; none of them was executed or proven wrong."
 
-COUNTS = ("rows", "candidates", "pairs", "mastered", "all_wrong", "proven", "longer")
+COUNTS = ("rows", "candidates", "pairs", "mastered", "all_wrong", "proven", "longer", "gap")
 
 # From this share of the candidates on, a cause is worth a setting.
 WORTH_A_HINT = 0.1
@@ -100,7 +100,8 @@ class Summary:
     Where the rejects were verified, `verdicts` counts them by verdict, `golds` the rows by that of their gold,
     `mastered` the rows all of whose candidates are right, `all_wrong` those of which all are proven wrong, and `proven`
     the pairs that are proven wrong. `tokens` were generated in `seconds` of decoding, by one process each. `lengths`
-    are the characters of all chosen and of all rejected answers, `longer` the pairs whose chosen answer is the longer.
+    are the characters of all chosen and of all rejected answers, `longer` the pairs whose chosen answer is the longer,
+    and `gap` is the sum of the differences, each as a positive number.
     """
 
     rows: int
@@ -114,6 +115,7 @@ class Summary:
     all_wrong: int = 0
     proven: int = 0
     longer: int = 0
+    gap: int = 0
     lengths: tuple[int, int] = (0, 0)
     tokens: int = 0
     seconds: float = 0.0
@@ -138,6 +140,7 @@ class Summary:
             mean = [total / self.pairs for total in self.lengths]
             table.append(("characters of a chosen answer", f"{mean[0]:,.0f}", ""))
             table.append(("characters of a rejected answer", f"{mean[1]:,.0f}", ""))
+            table.append(("characters between the two of a pair", f"{self.gap / self.pairs:,.0f}", ""))
             table.append(("pairs whose chosen answer is longer", f"{self.longer:,}", _share(self.longer, self.pairs)))
         if self.verdicts:
             table.append(("rows all right", f"{self.mastered:,}", _share(self.mastered, self.rows)))
@@ -251,7 +254,7 @@ def _count(marked: Dataset) -> Summary:
     without: Counter[tuple[str, ...]] = Counter()
     found: Counter[str] = Counter()
     golds: Counter[str] = Counter()
-    pairs = candidates = tokens = mastered = all_wrong = proven = longer = 0
+    pairs = candidates = tokens = mastered = all_wrong = proven = longer = gap = 0
     lengths = [0, 0]
     seconds = 0.0
     wanted = (STATUS, TOKENS, SECONDS, VERDICT, GOLD_VERDICT, ANSWERS, COT)
@@ -265,6 +268,7 @@ def _count(marked: Dataset) -> Summary:
         for ours, theirs in _lengths(row):
             lengths = [lengths[0] + ours, lengths[1] + theirs]
             longer += ours > theirs
+            gap += abs(ours - theirs)
         lost += [cause for cause in row[DROP] if cause != KEPT]
         kept = row[DROP].count(KEPT)
         causes = zip(row[DROP], of_row, strict=False)
@@ -294,6 +298,7 @@ def _count(marked: Dataset) -> Summary:
         all_wrong=all_wrong,
         proven=proven,
         longer=longer,
+        gap=gap,
         lengths=tuple(lengths),
         tokens=tokens,
         seconds=seconds,

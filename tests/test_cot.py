@@ -344,6 +344,7 @@ def test_lengths_are_reported_of_the_whole_answers(pairs, sampled, cache):
     told = summary(sampled, dedup="normalized", chosen="own_or_gold", cache_dir=cache)
     assert told.pairs == len(pairs)
     assert told.lengths == (sum(map(len, pairs["chosen"])), sum(map(len, pairs["rejected"])))
+    assert told.gap == sum(abs(len(pair["chosen"]) - len(pair["rejected"])) for pair in pairs)
     assert told.longer == sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in pairs)
     assert f"{told.lengths[0] / told.pairs:,.0f}" in str(told)
 
