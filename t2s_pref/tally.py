@@ -140,7 +140,7 @@ class Summary:
             mean = [total / self.pairs for total in self.lengths]
             table.append(("characters of a chosen answer", f"{mean[0]:,.0f}", ""))
             table.append(("characters of a rejected answer", f"{mean[1]:,.0f}", ""))
-            table.append(("characters between the two of a pair", f"{self.gap / self.pairs:,.0f}", ""))
+            table.append(("characters between a pair's sides", f"{self.gap / self.pairs:,.0f}", ""))
             table.append(("pairs whose chosen answer is longer", f"{self.longer:,}", _share(self.longer, self.pairs)))
         if self.verdicts:
             table.append(("rows all right", f"{self.mastered:,}", _share(self.mastered, self.rows)))

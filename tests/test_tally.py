@@ -141,7 +141,7 @@ def test_the_text_has_one_line_a_number_with_aligned_columns(cache_dir):
         "  by cause: the gold again                    1   50.0 %",
         "characters of a chosen answer                23",
         "characters of a rejected answer               8",
-        "characters between the two of a pair         15",
+        "characters between a pair's sides            15",
         "pairs whose chosen answer is longer           1  100.0 %",
         "tokens generated                             40",
         "tokens a second, a process                   20",
