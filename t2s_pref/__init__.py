@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from t2s_pref.accuracy import Evaluation, evaluate
     from t2s_pref.audit import Audit, audit_golds
+    from t2s_pref.chains import CotSummary, cot_summary, explode_cot
     from t2s_pref.chat import ChatEngine
     from t2s_pref.continuous import ContinuousEngine
-    from t2s_pref.cot import CotSummary, cot_summary, explode_cot, generate_cot
+    from t2s_pref.cot import generate_cot
     from t2s_pref.demo import demo_files
     from t2s_pref.endpoint import EndpointEngine
     from t2s_pref.engines import TransformersEngine
@@ -75,7 +76,7 @@ _HOME = {
     "Audit": "audit",
     "ChatEngine": "chat",
     "ContinuousEngine": "continuous",
-    "CotSummary": "cot",
+    "CotSummary": "chains",
     "EndpointEngine": "endpoint",
     "Evaluation": "accuracy",
     "SamplingSettings": "settings",
@@ -83,10 +84,10 @@ _HOME = {
     "TransformersEngine": "engines",
     "UserError": "errors",
     "audit_golds": "audit",
-    "cot_summary": "cot",
+    "cot_summary": "chains",
     "demo_files": "demo",
     "evaluate": "accuracy",
-    "explode_cot": "cot",
+    "explode_cot": "chains",
     "explode_rejected": "pairs",
     "generate_cot": "cot",
     "generate_rejected": "generate",

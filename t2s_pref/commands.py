@@ -42,7 +42,7 @@ def reject(args: argparse.Namespace) -> int | None:
     """Rows to preference pairs."""
     from datasets import disable_progress_bars
 
-    from t2s_pref.cot import attach_cot
+    from t2s_pref.chains import attach_cot
     from t2s_pref.formats import format_of
     from t2s_pref.generate import generate_rejected
     from t2s_pref.llamafactory import check_destination, save_llamafactory
@@ -103,7 +103,8 @@ def cot(args: argparse.Namespace) -> int | None:
     """Rows to rows with chains of thought."""
     from datasets import disable_progress_bars
 
-    from t2s_pref.cot import cot_summary, explode_cot, generate_cot
+    from t2s_pref.chains import cot_summary, explode_cot
+    from t2s_pref.cot import generate_cot
     from t2s_pref.llamafactory import check_destination, save_llamafactory
 
     if rank():

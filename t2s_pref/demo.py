@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from t2s_pref.cot import CotSummary, cot_summary, explode_cot, generate_cot
+from t2s_pref.chains import CotSummary, cot_summary, explode_cot
+from t2s_pref.cot import generate_cot
 from t2s_pref.engines import TransformersEngine
 from t2s_pref.generate import generate_rejected
 from t2s_pref.llamafactory import save_llamafactory

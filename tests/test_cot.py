@@ -26,8 +26,9 @@ from t2s_pref import (
     summary,
 )
 from t2s_pref.betrayal import betrayal
+from t2s_pref.chains import attach_cot
 from t2s_pref.cli import main
-from t2s_pref.cot import _judged, attach_cot
+from t2s_pref.cot import _judged
 from t2s_pref.formats import FORMATS, REQUEST
 from t2s_pref.prompts import messages, teacher_row
 from t2s_pref.verdicts import RIGHT, WRONG
