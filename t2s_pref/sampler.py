@@ -187,7 +187,13 @@ class RejectSampler:
                 self.failed |= before
                 lacking = {of: key for of, key in lacking.items() if key not in before}
             self._sample(rows, fits, asked, {of: key for of, key in lacking.items() if key not in before}, records)
-            self._ask_again(rows, fits, asked, {of: key for of, key in lacking.items() if key in before}, records)
+            again = {of: key for of, key in lacking.items() if key in before}
+            try:  # after all else; where it fails for good, the run does without it
+                self._sample(rows, fits, asked, again, records)
+            except UserError as error:
+                logger.warning("%s What failed before is left out for now.", error)
+                self._gave_up = True
+                self.failed |= {key for of, key in again.items() if of not in records}
         why_not = [PROMPT_TOO_LONG] * len(asked)
         for row in fits:
             why_not[row] = FAILED
@@ -226,22 +232,6 @@ class RejectSampler:
             if wanted:
                 self._draw(wanted, keys, records)
 
-    def _ask_again(
-        self,
-        rows: dict[str, list],
-        fits: list[int],
-        asked: list[range],
-        keys: dict[tuple[int, int], bytes],
-        records: dict[tuple[int, int], dict[str, Any]],
-    ) -> None:
-        """Ask for what failed in an earlier run, after all else; where it fails for good, the run does without it."""
-        try:
-            self._sample(rows, fits, asked, keys, records)
-        except UserError as error:
-            logger.warning("%s What failed before is left out for now.", error)
-            self._gave_up = True
-            self.failed |= {key for of, key in keys.items() if of not in records}
-
     def _draw(
         self,
         wanted: list[tuple[int, Request]],
@@ -251,6 +241,11 @@ class RejectSampler:
         left = [len(request.candidates) for _, request in wanted]
         # What another batch would round otherwise is kept whole or not at all: a resumed run repeats the batch.
         with Keeper(self.store, soon=not self.engine.whole_batches) as keeper:
+
+            def lose(key: bytes) -> None:
+                self.failed.add(key)
+                keeper.add(failure_of(key), {"failed": True})
+
             last = time.perf_counter()
             answers = self.engine.sample([request for _, request in wanted], self.settings, self.budget)
             try:
@@ -258,8 +253,7 @@ class RejectSampler:
                     of = wanted[place][0], candidate
                     now = time.perf_counter()
                     if answer is None:  # noted at once: the run may be about to end
-                        self.failed.add(keys[of])
-                        keeper.add(failure_of(keys[of]), {"failed": True})
+                        lose(keys[of])
                     else:
                         records[of] = {**answer._asdict(), "seconds": now - last}
                         keeper.add(keys[of], records[of])
@@ -274,8 +268,7 @@ class RejectSampler:
             for row, request in wanted:
                 for of in ((row, candidate) for candidate in request.candidates):
                     if of not in records and keys[of] not in self.failed:  # an engine that says nothing of it
-                        self.failed.add(keys[of])
-                        keeper.add(failure_of(keys[of]), {"failed": True})
+                        lose(keys[of])
         self._note(decoding=self.engine.method())
 
     def _note(self, **changed: Any) -> None:
