@@ -7,18 +7,16 @@ an error holds is found by its attributes.
 import asyncio
 import json
 import logging
-import math
-import random
 import re
 import time
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import AsyncInferenceClient
 
 from t2s_pref.errors import UserError
+from t2s_pref.patience import TRIES, pause, retry_after
 from t2s_pref.protocol import Request, candidate_digest
 from t2s_pref.replies import KEY, FailedError, NoAnswerError, Read, api_key, examine, read, shown
 from t2s_pref.settings import SamplingSettings
@@ -26,11 +24,7 @@ from t2s_pref.wire import PassingError
 
 logger = logging.getLogger(__name__)
 
-# Tries for an answer, about a minute in all; the seconds before a second one, doubled each time up to the longest; the
-# most seconds that a server may ask for with Retry-After; the seconds to connect, and for an answer as a whole, which
-# may stand in the queue of a server with one slot for long.
-TRIES = 8
-FIRST_PAUSE, LONGEST_PAUSE, LONGEST_RETRY_AFTER = 0.5, 30.0, 120.0
+# The seconds to connect, and for an answer as a whole, which may stand in the queue of a server with one slot for long.
 CONNECT, TIMEOUT = 10.0, 3600.0
 LOOK = 0.05  # seconds between looks at what the others have got
 LIMITED, UNAVAILABLE = 429, 503
@@ -153,12 +147,12 @@ class Server:
             before = self.answers
             if tried >= TRIES:
                 raise FailedError(f"{what} at try {tried} of {TRIES}", refused=False)
-            after = _retry_after(failure.retry_after)
+            after = retry_after(failure.retry_after)
             if status == LIMITED or (status == UNAVAILABLE and after):
                 self._hold(begun, after)
             how_long = f"in {max(1, round(after))} s" if after else "for about a minute"
             self.warn("waiting" if after else "passing", f"{what}; trying again {how_long}.")
-            if await _comes(stopping, max(after, _pause(paused))):
+            if await _comes(stopping, max(after, pause(paused))):
                 return None
             paused += 1
 
@@ -185,7 +179,7 @@ class Server:
         """
         now = time.monotonic()
         if begun >= self._not_before:
-            self._not_before, self._limits = now + _pause(self._limits), self._limits + 1
+            self._not_before, self._limits = now + pause(self._limits), self._limits + 1
         self._not_before = max(self._not_before, now + after)
 
     def _leave_out(self, names: tuple[str, ...], settings: SamplingSettings) -> None:
@@ -255,27 +249,6 @@ def _what(error: Exception) -> str:
     if isinstance(error, TimeoutError) and not isinstance(error.__cause__, Exception):  # asyncio's, not a connect's
         return f"gave no answer within {TIMEOUT:g} s"
     return f"failed ({shown(error)})"
-
-
-def _pause(number: int) -> float:
-    """The seconds of a pause, the first being 0: each about twice as long as the one before, and none like another."""
-    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(number, TRIES)) * random.uniform(0.5, 1.5)
-
-
-def _retry_after(header: str | None) -> float:
-    """Seconds to wait, where the server says so, in seconds or with a date."""
-    if not header:
-        return 0.0
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (ArithmeticError, LookupError, TypeError, ValueError):  # of years and zones that no clock has
-            return 0.0
-    if not (math.isfinite(seconds) and seconds > 0):
-        return 0.0
-    return min(seconds, LONGEST_RETRY_AFTER) + random.uniform(0, FIRST_PAUSE)  # not all at once
 
 
 async def _comes(event: asyncio.Event, seconds: float) -> bool:

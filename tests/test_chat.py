@@ -26,6 +26,7 @@ from t2s_pref import (
     completions,
     demo_files,
     generate_rejected,
+    patience,
     replies,
     wire,
 )
@@ -48,8 +49,8 @@ def served(tmp_path_factory):
 @pytest.fixture
 def server(served, monkeypatch):
     """A proxy before the server, and a client that waits a tenth of a second for the third try."""
-    monkeypatch.setattr(completions, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(completions, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.1)
     monkeypatch.delenv(completions.KEY, raising=False)
     with Proxy(served.port) as proxy:
         yield proxy
@@ -517,12 +518,12 @@ def test_a_caller_who_has_enough_does_not_wait_for_the_end_of_a_limit(server, en
 
 
 def test_a_wait_can_be_a_date_and_has_a_bound(monkeypatch):
-    assert 20 < completions._retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) < 31
-    monkeypatch.setattr(completions, "FIRST_PAUSE", 0)
-    assert completions._retry_after("86400") == completions.LONGEST_RETRY_AFTER
-    assert completions._retry_after("1.5") == 1.5
+    assert 20 < patience.retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) < 31
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0)
+    assert patience.retry_after("86400") == patience.LONGEST_RETRY_AFTER
+    assert patience.retry_after("1.5") == 1.5
     for header in (None, "", "soon", "-3", "nan", "inf", "0", email.utils.formatdate(0)):
-        assert completions._retry_after(header) == 0
+        assert patience.retry_after(header) == 0
 
 
 @pytest.mark.parametrize(
@@ -543,11 +544,11 @@ def test_a_wait_can_be_a_date_and_has_a_bound(monkeypatch):
     ],
 )
 def test_a_wait_that_is_none_is_none_at_most(header):
-    assert 0 <= completions._retry_after(header) <= completions.LONGEST_RETRY_AFTER + completions.FIRST_PAUSE
+    assert 0 <= patience.retry_after(header) <= patience.LONGEST_RETRY_AFTER + patience.FIRST_PAUSE
 
 
 def test_pauses_grow_and_differ(server, engine_at, requests, monkeypatch):
-    monkeypatch.setattr(completions, "LONGEST_PAUSE", 0.3)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.3)
     server.fail(503)
     refusal(lambda: found(engine_at(), one_of(requests)))
     assert len(server.asked) == completions.TRIES
@@ -1001,8 +1002,8 @@ def test_a_caller_who_has_enough_ends_what_is_under_way_at_once(server, engine_a
 
 
 def test_a_caller_who_has_enough_waits_for_no_further_try(server, engine_at, requests, monkeypatch):
-    monkeypatch.setattr(completions, "FIRST_PAUSE", 60)
-    monkeypatch.setattr(completions, "LONGEST_PAUSE", 60)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 60)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 60)
     server.fail(503, where=lambda body: body["seed"] != first_seed(requests))
     start = time.perf_counter()
     with closing(engine_at(parallel=4).sample(requests, SETTINGS)) as sampled:
@@ -1052,7 +1053,8 @@ def test_what_failed_is_marked_and_asked_for_again_by_the_next_run(server, engin
 
 
 ROWS = 12
-HURRIED, PATIENT = "FIRST_PAUSE = completions.LONGEST_PAUSE = 0.05", "TRIES, completions.LONGEST_PAUSE = 100, 1"
+HURRIED = "patience.FIRST_PAUSE = patience.LONGEST_PAUSE = 0.05"
+PATIENT = "completions.TRIES, patience.LONGEST_PAUSE = 100, 1"
 
 
 def start(server, served, folder, how):
@@ -1060,7 +1062,7 @@ def start(server, served, folder, how):
     arguments = ["reject", "--base-url", server.url, "--model", served.model, "--sft-data", demo_files().train]
     arguments += ["--max-samples", ROWS, "--max-new-tokens", 32, "--temperature", 1.2]
     arguments += ["--cache-dir", folder / "cache", "--output", folder / "dpo.json"]
-    code = f"import sys; from t2s_pref import cli, completions; completions.{how}; sys.exit(cli.main(sys.argv[1:]))"
+    code = f"import sys; from t2s_pref import cli, completions, patience; {how}; sys.exit(cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
