@@ -1,8 +1,9 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: the part of its HTTP interface that loading needs.
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: the part of its HTTP interface that loading and pushing need.
 
-Serves model and dataset repositories from folders or dicts to the real clients (`hf_hub_download`, `from_pretrained`,
-`load_dataset`), in another process, because they read HF_ENDPOINT when they are imported. Read-only over HTTP: commits
-are made by `add`. Not covered: pushing, authentication, git, Xet, pagination of long listings, the dataset viewer.
+Serves model and dataset repositories to the real clients (`hf_hub_download`, `from_pretrained`, `load_dataset`), from
+folders or dicts given to `add`, and takes what these push (`create_commit`, `push_to_hub`): in another process, because
+they read HF_ENDPOINT when they are imported. Not covered: git, Xet, uploads in parts, .gitignore, merging and the
+other doings of pull requests, the rights of several users, pagination of long listings, the dataset viewer.
 """
 
 import hashlib
@@ -12,16 +13,19 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+from hub_repositories import DATE, GITATTRIBUTES, Commit, HubError, Repository, is_large
 from loopback import Loopback
 
 Files = Mapping[str, bytes | str] | str | os.PathLike[str]
+
+USER = "user"  # who every token belongs to
 
 
 class LoopbackHub(Loopback):
@@ -31,12 +35,15 @@ class LoopbackHub(Loopback):
             hub.add("dataset", "user/data", {"train.jsonl": "..."})
             subprocess.run([...], env=hub.environment(tmp_path))
 
-    `requests` lists every (method, path) that came in, in order.
+    `requests` lists every (method, path) that came in, in order, and `tokens` holds every token that came with one. Set
+    `token` and nothing is written, and nothing private read, without it; until then all is open to everyone.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.token: str | None = None
+        self.tokens: set[str] = set()
         self.faults: list[Fault] = []
         self.lock = Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -48,25 +55,51 @@ class LoopbackHub(Loopback):
             raise ValueError(f"repo_type is 'model' or 'dataset', not {repo_type!r}")
         with self.lock:
             repository = self.repositories.setdefault((repo_type, repo_id), Repository(repo_type, repo_id))
-            return repository.commit(_contents(files), revision)
+            return repository.commit(_contents(files), revision, "Added by the test")
 
-    def fail(self, status: int = 503, *, times: int | None = None, match: str = "") -> None:
-        """Answer `status` to the next `times` requests (None: to all) whose path holds the regular expression."""
-        self.faults.append(Fault(times, match, status=status))
+    def commits(self, repo_type: str, repo_id: str, revision: str = "main") -> list[Commit]:
+        """Return the commits of a branch or of `refs/pr/N`, newest first."""
+        return self.repositories[repo_type, repo_id].history(revision)
 
-    def drop(self, after: int = 0, *, times: int | None = None, match: str = "") -> None:
+    def files(self, repo_type: str, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """Return the content of every file of a revision by its path."""
+        return self.commits(repo_type, repo_id, revision)[0].files
+
+    def fail(
+        self,
+        status: int = 503,
+        *,
+        times: int | None = None,
+        match: str = "",
+        method: str = "",
+        headers: Mapping[str, str] | None = None,
+        late: bool = False,
+    ) -> None:
+        """Answer `status` to the next `times` requests (None: to all) whose path holds the regular expression.
+
+        The path is as it was sent: the slashes in a revision are %2F. `method` narrows it to one, HEAD or POST say, and
+        `headers` come with the answer. With `late` the request is carried out first: only its answer is lost.
+        """
+        self.faults.append(Fault(times, match, method, late, status=status, headers=dict(headers or {})))
+
+    def drop(
+        self, after: int = 0, *, times: int | None = None, match: str = "", method: str = "", late: bool = False
+    ) -> None:
         """Cut the connection of the next `times` matching requests, after `after` bytes of the body (0: at once).
 
-        With `after`, a request without a body in its answer (HEAD) does not count.
+        With `after`, a request without a body in its answer (HEAD) does not count. `method` and `late`: see `fail`.
         """
-        self.faults.append(Fault(times, match, after=after))
+        self.faults.append(Fault(times, match, method, late, after=after))
 
     def heal(self) -> None:
         """Take every fault back."""
         self.faults.clear()
 
-    def environment(self, home: str | os.PathLike[str]) -> dict[str, str]:
-        """Return the environment of a process that knows this Hub only, with its caches and tokens under `home`."""
+    def environment(self, home: str | os.PathLike[str], token: str | None = None) -> dict[str, str]:
+        """Return the environment of a process that knows this Hub only, with its caches and tokens under `home`.
+
+        With `token` it is logged in with that one, and sends it without being told to.
+        """
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
         proxies = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
         return {k: v for k, v in kept.items() if k.lower() not in proxies} | {
@@ -75,16 +108,18 @@ class LoopbackHub(Loopback):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
             "DISABLE_SAFETENSORS_CONVERSION": "1",
             "NO_PROXY": "127.0.0.1",
+            **({"HF_TOKEN": token} if token else {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}),
         }
 
     def take_fault(self, command: str, path: str) -> "Fault | None":
         """Return the fault that the request meets, if any, and count it."""
         with self.lock:
             for fault in self.faults:
-                if fault.times != 0 and re.search(fault.match, path) and not (fault.after and command == "HEAD"):
+                if fault.method not in ("", command) or (fault.after and command == "HEAD"):
+                    continue
+                if fault.times != 0 and re.search(fault.match, path):
                     fault.times = None if fault.times is None else fault.times - 1
                     return fault
         return None
@@ -96,76 +131,11 @@ class Fault:
 
     times: int | None
     match: str
+    method: str = ""
+    late: bool = False
     status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
     after: int = 0
-
-
-@dataclass(frozen=True)
-class Blob:
-    """The content of one file."""
-
-    data: bytes
-
-    @cached_property
-    def oid(self) -> str:
-        """The id that git gives it."""
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
-
-
-@dataclass
-class Repository:
-    """A repository: its commits by sha, and its branches."""
-
-    repo_type: str
-    repo_id: str
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, files: dict[str, bytes], branch: str) -> str:
-        """Add a commit of exactly `files` at the head of `branch`."""
-        blobs = {path: Blob(data) for path, data in sorted(files.items())}
-        tree = "".join(f"{blob.oid} {path}\n" for path, blob in blobs.items())
-        sha = hashlib.sha1(f"{self.repo_id} {branch} {len(self.commits)}\n{tree}".encode()).hexdigest()
-        self.commits[sha] = blobs
-        self.branches[branch] = sha
-        return sha
-
-    def resolve(self, revision: str) -> str:
-        """Return the sha of a branch or of a commit."""
-        sha = self.branches.get(revision, revision)
-        if sha not in self.commits:
-            raise NotFoundError("RevisionNotFound", f"Invalid rev id: {revision}")
-        return sha
-
-    def info(self, sha: str) -> dict[str, Any]:
-        """Return what `/api/{type}s/{id}` answers."""
-        siblings = [{"rfilename": path} for path in self.commits[sha]]
-        shared = {"id": self.repo_id, "sha": sha, "siblings": siblings, "private": False, "gated": False, "tags": []}
-        return shared | {"lastModified": "2024-01-01T00:00:00.000Z", "downloads": 0, "likes": 0, "disabled": False}
-
-    def tree(self, sha: str, folder: str, recursive: bool) -> list[dict[str, Any]]:
-        """Return the entries of a folder, with those of the folders in it where `recursive`."""
-        prefix = f"{folder}/" if folder else ""
-        entries: dict[str, dict[str, Any]] = {}
-        for path, blob in self.commits[sha].items():
-            if path.startswith(prefix):
-                parts = path[len(prefix) :].split("/")
-                for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
-                    parent = prefix + "/".join(parts[:depth])
-                    entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": Blob(parent.encode()).oid}
-                if recursive or len(parts) == 1:
-                    entries[path] = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
-        if folder and not entries:
-            raise NotFoundError("EntryNotFound", f"{folder} does not exist on {sha}")
-        return list(entries.values())
-
-
-class NotFoundError(Exception):
-    """A 404, with the code by which the clients tell the causes apart."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def _contents(files: Files) -> dict[str, bytes]:
@@ -178,13 +148,23 @@ def _contents(files: Files) -> dict[str, bytes]:
 # {id} is user/name, or a name alone; {rev} is one segment: its slashes come as %2F.
 _REPO = r"/(?P<id>[^/]+(?:/[^/]+)?)"
 _API = rf"/api/(?P<type>models|datasets){_REPO}"
+_GIT = rf"(?:/(?P<type>datasets))?{_REPO}"
 _ROUTES = (
+    ("GET", re.compile(r"/api/whoami-v2"), "whoami"),
+    ("POST", re.compile(r"/api/validate-yaml"), "validate_yaml"),
+    ("POST", re.compile(r"/api/repos/create"), "create"),
+    ("POST", re.compile(rf"{_API}/branch/(?P<branch>[^/]+)"), "branch"),
+    ("POST", re.compile(rf"{_API}/preupload/(?P<rev>[^/]+)"), "preupload"),
+    ("POST", re.compile(rf"{_GIT}\.git/info/lfs/objects/batch"), "lfs_batch"),
+    ("PUT", re.compile(rf"/lfs-store{_API}/(?P<oid>[0-9a-f]{{64}})"), "lfs_store"),
+    ("POST", re.compile(rf"{_API}/commit/(?P<branch>[^/]+)"), "commit"),
+    ("GET", re.compile(rf"{_API}/commits/(?P<rev>[^/]+)"), "commits"),
     ("GET", re.compile(rf"{_API}/tree/(?P<rev>[^/]+)(?:/(?P<path>.*))?"), "tree"),
     ("POST", re.compile(rf"{_API}/paths-info/(?P<rev>[^/]+)"), "paths_info"),
     ("GET", re.compile(rf"{_API}/revision/(?P<rev>[^/]+)"), "info"),
     ("GET", re.compile(rf"{_API}/refs"), "refs"),
     ("GET", re.compile(_API), "info"),
-    ("GET", re.compile(rf"(?:/(?P<type>datasets))?{_REPO}/resolve/(?P<rev>[^/]+)/(?P<path>.+)"), "resolve"),
+    ("GET", re.compile(rf"{_GIT}/resolve/(?P<rev>[^/]+)/(?P<path>.+)"), "resolve"),
 )
 
 
@@ -204,47 +184,163 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.answer("POST")
 
+    def do_PUT(self) -> None:
+        self.answer("PUT")
+
     def log_message(self, format: str, *args: Any) -> None:
         pass  # `requests` has them
 
     def answer(self, method: str) -> None:
-        hub: LoopbackHub = self.server.hub
+        self.hub: LoopbackHub = self.server.hub
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         url = urlsplit(self.path)
-        hub.requests.append((self.command, url.path))
-        self.fault = hub.take_fault(self.command, url.path)
-        if self.fault and self.fault.status:
-            return self.send(self.fault.status, b"the loopback hub was told to fail", {})
-        if self.fault and not self.fault.after:
-            return self.cut()
+        self.hub.requests.append((self.command, url.path))
+        if self.token:
+            self.hub.tokens.add(self.token)
+        self.fault = self.hub.take_fault(self.command, url.path)
+        if self.fault and not self.fault.late and not self.fault.after:
+            self.strike(self.fault)
+            return
         self.query = parse_qs(url.query)
+        try:
+            self.route(method, url.path)
+        except HubError as error:
+            headers = {"X-Error-Code": error.code} if error.code else {}
+            headers["X-Error-Message"] = str(error)
+            self.send_json({"error": str(error)} | error.details, error.status, headers)
+
+    def route(self, method: str, path: str) -> None:
+        if self.hub.token and self.token not in ("", self.hub.token):
+            raise HubError(401, "Invalid credentials in Authorization header")
         for route_method, pattern, name in _ROUTES:
-            found = pattern.fullmatch(url.path)
+            found = pattern.fullmatch(path)
             if found and route_method == method:
                 parts = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
-                try:
-                    return getattr(self, f"on_{name}")(parts)
-                except NotFoundError as error:
-                    headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
-                    return self.send_json({"error": str(error)}, 404, headers)
-        return self.send_json({"error": f"no such endpoint: {method} {url.path}"}, 404)
+                return getattr(self, f"on_{name}")(parts)
+        raise HubError(404, f"no such endpoint: {method} {path}")
+
+    def log_in(self, code: str = "") -> None:
+        """Refuse the request if it came without the token."""
+        if self.hub.token and not self.token:
+            raise HubError(401, "Invalid username or password.", code)
+
+    def repository(self, parts: dict[str, str], write: bool = False) -> Repository:
+        """Return the repository that a request names. Who may not see it cannot tell it from one that is not there."""
+        repo_type = "dataset" if parts.get("type") == "datasets" else "model"
+        repository = self.hub.repositories.get((repo_type, parts["id"]))
+        if repository is None or repository.private or write:
+            # For a repository the clients take each 401 from an https address for this code; this one is http.
+            self.log_in("RepoNotFound")
+        if repository is None:
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        return repository
 
     def find(self, parts: dict[str, str]) -> tuple[Repository, str]:
         """Return the repository and the commit that a request names."""
-        key = ("dataset" if parts.get("type") == "datasets" else "model", parts["id"])
-        if key not in self.server.hub.repositories:
-            raise NotFoundError("RepoNotFound", "Repository not found")
-        repository = self.server.hub.repositories[key]
+        repository = self.repository(parts)
         return repository, repository.resolve(parts.get("rev", "main"))
+
+    def on_whoami(self, parts: dict[str, str]) -> None:
+        self.log_in()
+        token = {"displayName": "loopback", "role": "write"}
+        self.send_json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"accessToken": token}})
+
+    def on_validate_yaml(self, parts: dict[str, str]) -> None:
+        found = re.match(r"---\r?\n(.*?)^---\s*$", json.loads(self.body)["content"], re.DOTALL | re.MULTILINE)
+        try:
+            errors = [] if not found or isinstance(yaml.safe_load(found[1]), dict | None) else ["not a mapping"]
+        except yaml.YAMLError as error:
+            errors = [str(error)]
+        status = 400 if errors else 200
+        self.send_json({"errors": [{"message": error} for error in errors], "warnings": []}, status)
+
+    def on_create(self, parts: dict[str, str]) -> None:
+        self.log_in()
+        asked = json.loads(self.body)
+        repo_type = asked.get("type") or "model"
+        if repo_type not in ("model", "dataset"):
+            raise HubError(400, f"the loopback hub has models and datasets, not {repo_type}s")
+        repository = Repository(repo_type, f"{asked.get('organization') or USER}/{asked['name']}")
+        repository.private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        url = self.hub.url + repository.path
+        with self.hub.lock:
+            if (repo_type, repository.repo_id) in self.hub.repositories:
+                raise HubError(409, f"You already created this {repo_type} repo", url=url)
+            repository.commit({".gitattributes": GITATTRIBUTES}, "main", "initial commit")
+            self.hub.repositories[repo_type, repository.repo_id] = repository
+        self.send_json({"url": url, "name": repository.repo_id, "id": repository.repo_id})
+
+    def on_branch(self, parts: dict[str, str]) -> None:
+        repository = self.repository(parts, write=True)
+        branch = parts["branch"]
+        with self.hub.lock:
+            if branch.startswith("refs/"):
+                raise HubError(400, f"Invalid reference for a branch: {branch}")
+            if branch in repository.branches:
+                raise HubError(409, f"Reference already exists: {branch}")
+            start = json.loads(self.body or "{}").get("startingPoint") or "main"
+            repository.branches[branch] = repository.resolve(start)
+        self.send_json({"success": True})
+
+    def on_preupload(self, parts: dict[str, str]) -> None:
+        repository = self.repository(parts, write=True)
+        blobs = repository.commits[repository.resolve(parts["rev"])].blobs
+        files = []
+        for file in json.loads(self.body)["files"]:
+            mode = "lfs" if is_large(file["path"], file["size"]) else "regular"
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+            if file["path"] in blobs:
+                files[-1]["oid"] = blobs[file["path"]].etag
+        self.send_json({"files": files, "commitOid": repository.resolve(parts["rev"])})
+
+    def on_lfs_batch(self, parts: dict[str, str]) -> None:
+        repository = self.repository(parts, write=True)
+        store = f"{self.hub.url}/lfs-store/api/{repository.repo_type}s/{repository.repo_id}"
+        objects = json.loads(self.body)["objects"]
+        for file in objects:
+            if file["oid"] not in repository.uploads:
+                file["actions"] = {"upload": {"href": f"{store}/{file['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def on_lfs_store(self, parts: dict[str, str]) -> None:
+        """Keep a large file, in the stead of the store whose address is its own permission."""
+        if self.token:
+            raise HubError(400, "Only one auth mechanism allowed")
+        if hashlib.sha256(self.body).hexdigest() != parts["oid"]:
+            raise HubError(400, "The SHA256 of the body is not that of the address")
+        key = (parts["type"].removesuffix("s"), parts["id"])
+        self.hub.repositories[key].uploads[parts["oid"]] = self.body
+        self.send(200, b"", {"ETag": f'"{parts["oid"]}"'})
+
+    def on_commit(self, parts: dict[str, str]) -> None:
+        repository = self.repository(parts, write=True)
+        lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
+        pull = self.query.get("create_pr", ["0"])[0] in ("1", "true")
+        with self.hub.lock:
+            sha, branch = repository.push(lines, parts["branch"], pull)
+        url = self.hub.url + repository.path
+        answer = {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}", "hookOutput": ""}
+        if pull:
+            answer["pullRequestUrl"] = f"{url}/discussions/{branch.removeprefix('refs/pr/')}"
+        self.send_json(answer)
+
+    def on_commits(self, parts: dict[str, str]) -> None:
+        repository, sha = self.find(parts)
+        shared = {"authors": [{"user": USER}], "date": DATE}
+        history = repository.history(sha)
+        self.send_json([shared | {"id": c.sha, "title": c.title, "message": c.description} for c in history])
 
     def on_info(self, parts: dict[str, str]) -> None:
         repository, sha = self.find(parts)
-        self.send_json(repository.info(sha))
+        self.send_json(repository.info(sha, blobs="blobs" in self.query))
 
     def on_refs(self, parts: dict[str, str]) -> None:
         repository, _ = self.find(parts)
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": s} for n, s in repository.branches.items()]
-        self.send_json({"branches": branches, "converts": [], "tags": []})
+        pulls = [{"name": n, "ref": n, "targetCommit": repository.branches[n]} for n in repository.pulls]
+        heads = {n: sha for n, sha in repository.branches.items() if n not in repository.pulls}
+        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": sha} for n, sha in heads.items()]
+        self.send_json({"branches": branches, "converts": [], "tags": [], "pullRequests": pulls})
 
     def on_tree(self, parts: dict[str, str]) -> None:
         repository, sha = self.find(parts)
@@ -260,10 +356,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def on_resolve(self, parts: dict[str, str]) -> None:
         repository, sha = self.find(parts)
-        blob = repository.commits[sha].get(parts["path"])
+        blob = repository.commits[sha].blobs.get(parts["path"])
         if blob is None:
-            raise NotFoundError("EntryNotFound", "Entry not found")
-        headers = {"ETag": f'"{blob.oid}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        headers = {"ETag": f'"{blob.etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if blob.lfs:
+            headers |= {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(len(blob.data))}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked:
             return self.send(200, blob.data, headers)
@@ -278,6 +376,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        if self.fault and self.fault.late and not self.fault.after:
+            self.strike(self.fault)
+            return
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -288,6 +389,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: self.fault.after] if cut else body)
             if cut:
                 self.cut()
+
+    def strike(self, fault: Fault) -> None:
+        """Answer as the fault has it."""
+        self.fault = None
+        if fault.status:
+            self.send(fault.status, b"the loopback hub was told to fail", fault.headers)
+        else:
+            self.cut()
 
     def cut(self) -> None:
         self.close_connection = True
