@@ -1,12 +1,12 @@
 r"""What an answer looks like: SQL alone, or reasoning and then SQL. One place for sampling, export and training.
 
-- `sql`: the query. Thinking off, or on and cut away. LLaMA-Factory: `template: qwen3_nothink`.
-- `fenced`: reasoning, then the query in a ```sql block; the prompt asks for it. Thinking off, `qwen3_nothink`.
+- `sql`: the query. Thinking off, or on and cut away.
+- `fenced`: reasoning, then the query in a ```sql block; the prompt asks for it. Thinking off.
 - `think`: `<think>` reasoning `</think>`, then the query; the chat template's thinking mode does it, and the prompt
-  stays as it is. `template: qwen3` with `enable_thinking: true`.
+  stays as it is.
 
 LLaMA-Factory strips a think block where thinking is off there, and trains "thoughts against no thoughts" where only one
-side has one: so both sides of a pair, and prompt, answers and training file, follow from one format.
+side has one: so both sides of a pair follow from one format. Which of its templates fits is `t2s_pref.templates`'.
 """
 
 import re
@@ -34,13 +34,12 @@ class AnswerFormat:
     """One way to answer.
 
     `thinking` is what the chat template is told, `None` where both will do; `request` ends a prompt whose model would
-    not know otherwise; `template` is LLaMA-Factory's for Qwen3, the models that this package is tested with.
+    not know otherwise.
     """
 
     name: str
     thinking: bool | None
     request: str
-    template: str
 
     @property
     def reasons(self) -> bool:
@@ -86,21 +85,13 @@ class AnswerFormat:
             reasoning, sql = queries[-1] if len({each.sql for each in queries}) == 1 else ("", "")
         return Reasoned(reasoning, sql) if sql and _says_something(reasoning) else None
 
-    def training_keys(self) -> dict[str, str | bool]:
-        """The keys of a LLaMA-Factory training file that must fit the answers.
-
-        >>> FORMATS["think"].training_keys()
-        {'template': 'qwen3', 'enable_thinking': True}
-        """
-        return {"template": self.template, **({"enable_thinking": True} if self.thinking else {})}
-
 
 FORMATS = {
     name: AnswerFormat(name, *rest)
     for name, *rest in (
-        ("sql", None, "", "qwen3_nothink"),
-        ("fenced", False, REQUEST, "qwen3_nothink"),
-        ("think", True, "", "qwen3"),
+        ("sql", None, ""),
+        ("fenced", False, REQUEST),
+        ("think", True, ""),
     )
 }
 assert tuple(FORMATS) == ANSWER_FORMATS

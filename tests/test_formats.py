@@ -106,14 +106,10 @@ def test_an_answer_that_lacks_a_part_or_has_it_elsewhere_is_none(name, text):
     assert FORMATS[name].read(text) is None
 
 
-def test_format_thinking_mode_and_training_keys_fit_each_other():
+def test_format_and_thinking_mode_fit_each_other():
     for name, style in FORMATS.items():
         settings = SamplingSettings(answer_format=name)
-        assert settings.enable_thinking == bool(style.thinking)
-        keys = style.training_keys()
-        # LLaMA-Factory's template for thinking models strips or adds think blocks, the other leaves answers alone
-        assert (keys["template"] == "qwen3") == ("<think>" in style.write("r", "SELECT 1")) == (name == "think")
-        assert keys.get("enable_thinking", False) == settings.enable_thinking
+        assert settings.enable_thinking == bool(style.thinking) == ("<think>" in style.write("r", "SELECT 1"))
 
 
 def test_reasoning_in_the_answer_goes_with_no_thinking_mode():

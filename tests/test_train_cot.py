@@ -1,6 +1,6 @@
 """Chains of thought in real LLaMA-Factory: it trains on the reasoning of SFT rows and of both sides of a pair.
 
-The road of `t2s-pref cot` and `reject --cot` in either format, each with the training keys that the format names. What
+The road of `t2s-pref cot` and `reject --cot` in either format, each with the training keys that fit the model. What
 is trained on is read from the tokens and labels that LLaMA-Factory made.
 """
 
@@ -26,6 +26,7 @@ from t2s_pref import (
 )
 from t2s_pref.formats import FORMATS
 from t2s_pref.prompts import messages
+from t2s_pref.templates import training_keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -54,11 +55,16 @@ def taught(settings: SamplingSettings, folder: Path) -> Dataset:
     return generate_cot(rows, FILES.reasoner, settings, databases=FILES.databases, cache_dir=folder)
 
 
+def keys_of(style: str, rows: Dataset) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(FILES.reasoner)
+    return training_keys(tokenizer, rows, enable_thinking=bool(FORMATS[style].thinking))
+
+
 @pytest.fixture(scope="module")
 def sft(taught: Dataset, style: str, folder: Path) -> Training:
     rows = explode_cot(taught, cache_dir=folder)
     save_llamafactory(rows, folder / "cot_sft.json")
-    keys = {"stage": "sft", "model_name_or_path": FILES.reasoner, **FORMATS[style].training_keys()}
+    keys = {"stage": "sft", "model_name_or_path": FILES.reasoner, **keys_of(style, rows)}
     return train(folder, rows, "cot_sft", **keys)
 
 
@@ -80,7 +86,7 @@ def dpo(taught: Dataset, style: str, settings: SamplingSettings, folder: Path, s
         model_name_or_path=FILES.reasoner,
         adapter_name_or_path=str(sft.output),
         create_new_adapter=True,
-        **FORMATS[style].training_keys(),
+        **keys_of(style, pairs),
     )
 
 
