@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from t2s_pref import lineage
 from t2s_pref.cache import cached_map
 from t2s_pref.columns import (
     ALTERNATIVES,
@@ -80,7 +81,7 @@ def explode_cot(
         check_columns(part, (*REQUIRED, COT), "generate_cot adds 'cot'.")
         check_string_lists(part, COT)
         features = {name: feature for name, feature in part.features.items() if name not in (COT, COT_STATUS)}
-        return cached_map(
+        rows = cached_map(
             part,
             explode,
             step="cot_rows",
@@ -90,6 +91,11 @@ def explode_cot(
             cache_dir=cache_dir,
             map_kwargs={"desc": "One row a chain of thought"},
         )
+        if COT_STATUS in part.column_names:
+            counts = cot_summary(part)
+            found = {"rows": counts.rows, "candidates": counts.samples, "kept": counts.kept, "dropped": counts.drops}
+            lineage.note(rows, step=lineage.EXPLAINED, **found, max_per_row=max_per_row)
+        return rows
 
     return each_split(dataset, explode_split)
 
@@ -145,7 +151,9 @@ def attach_cot(
     if lost := sum(map(len, found)) - sum(map(len, right)):
         logger.warning("%d of %d chains of thought are not proven right and left out.", lost, sum(map(len, found)))
     names = [name for name in dataset.column_names if name != COT]
-    return dataset.select_columns(names).add_column(COT, right, feature=texts)
+    result = dataset.select_columns(names).add_column(COT, right, feature=texts)
+    lineage.add(result, lineage.noted_lines(kept))
+    return result
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
@@ -191,7 +199,7 @@ def cot_summary(dataset: Dataset | DatasetDict) -> CotSummary:
     def read(part: Dataset) -> Dataset:
         check_columns(part, (COT, COT_STATUS), "generate_cot adds them.")
         rows.extend(zip(part[COT][:], part[COT_STATUS][:], strict=True))
-        notes.update(dict.fromkeys(part.info.description.splitlines()))
+        notes.update(dict.fromkeys(lineage.told(part)))
         return part
 
     each_split(dataset, read)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from t2s_pref.completions import Client, Server
 from t2s_pref.errors import UserError
+from t2s_pref.files import public_name
 from t2s_pref.protocol import Request, Sampled, Work
 from t2s_pref.replies import FailedError, about
 from t2s_pref.settings import SamplingSettings
@@ -76,10 +77,15 @@ class ChatEngine:
         version = f" ({self.model_version})" if self.model_version else ""
         return f"{self.model}{version} at {urlsplit(self._server.url).netloc}"
 
+    def origin(self) -> dict[str, Any]:
+        """The model for a dataset's card, by what it is called there."""
+        version = {"version": self.model_version} if self.model_version else {}
+        return {"model": {"name": public_name(self.model), **version}, "adapter": None}
+
     @property
     def adapter_name(self) -> str:
         """The model's name there, or that of its folder."""
-        return Path(self.model).name if self.model.startswith("/") else self.model
+        return public_name(self.model)
 
     def method(self) -> str:
         """A few words on what decodes there."""
@@ -101,6 +107,10 @@ class ChatEngine:
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
         """The bytes of each chat's messages as JSON: the same messages are always the same numbers."""
         return [list(json.dumps(chat, ensure_ascii=False, separators=(",", ":")).encode()) for chat in chats]
+
+    def training_keys(self, rows: Sequence[Mapping[str, Any]], enable_thinking: bool) -> dict[str, str | bool]:
+        """None: only the server knows the prompt's tokens."""
+        return {}
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """About how many tokens each text has."""

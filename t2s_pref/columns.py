@@ -48,6 +48,9 @@ REJECTED_INDEX = "rejected_index"
 RAW_ANSWER = "raw_answer"
 CHOSEN_FROM = "chosen_from"
 
+# What only a pair has.
+PAIR = (CHOSEN, REJECTED, REJECTED_INDEX, RAW_ANSWER, CHOSEN_FROM)
+
 # All that is noted of candidates: gone where others are sampled in their place.
 NOTED = (
     *(REJECTED, ANSWERS, STATUS, TOKENS, SECONDS, RAW),

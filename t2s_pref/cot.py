@@ -8,12 +8,12 @@ Not judged: whether the reasoning is sound. It must end in SQL that is right, an
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from t2s_pref import ranks
+from t2s_pref import lineage, ranks
 from t2s_pref.betrayal import betrayal
 from t2s_pref.cache import cached_map, check_map_kwargs, without_rows
 from t2s_pref.columns import (
@@ -128,7 +128,7 @@ def generate_cot(
         written = replace(settings, answer_format="fenced", enable_thinking=False)
         if databases is None:
             sampled = sample_rows(_taught(part, cache_dir), engine, written, False, cache_dir, dict(map_kwargs))
-            return _kept(part, sampled, settings.answer_format, dialect, cache_dir)
+            return _kept(part, sampled, settings, dialect, cache_dir)
         # opened before anything is sampled: what is wrong with the databases shows at once
         with open_verifier(part, databases, bounds, database_version, workers, cache_dir) as verifier:
             if verifier.key() is None and ranks.world_size() > 1:
@@ -138,7 +138,7 @@ def generate_cot(
             sampled = sample_rows(_taught(part, cache_dir), engine, written, False, cache_dir, dict(map_kwargs), once)
             verifier.refresh()  # rank 0 has judged for all
             judged = verify_with(verifier, sampled, cache_dir, {})
-        return _kept(part, judged, settings.answer_format, dialect, cache_dir)
+        return _kept(part, judged, settings, dialect, cache_dir)
 
     return each_split(dataset, generate)
 
@@ -166,9 +166,14 @@ def _taught(dataset: Dataset, cache_dir: str | os.PathLike[str] | None) -> Datas
 
 
 def _kept(
-    dataset: Dataset, sampled: Dataset, answer_format: str, dialect: str, cache_dir: str | os.PathLike[str] | None
+    dataset: Dataset,
+    sampled: Dataset,
+    settings: SamplingSettings,
+    dialect: str,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> Dataset:
     """The rows with the chains of thought that are kept of the samples, and what became of each sample."""
+    answer_format = settings.answer_format
 
     def keep(rows: dict[str, list]) -> dict[str, list]:
         columns: dict[str, list] = {COT: [], COT_STATUS: []}
@@ -193,10 +198,12 @@ def _kept(
         return without_rows(dataset, Features({**dataset.features, **added}))
     before = dataset.select_columns([name for name in dataset.column_names if name not in added])
     result = concatenate_datasets([before, judged], axis=1)
-    lines = dataset.info.description.splitlines()
-    told = [line for line in sampled.info.description.splitlines() if line not in lines]
-    told = [line.replace("generate_rejected: ", "generate_cot: ") for line in told]
-    result.info.description = "\n".join([*lines, *told])
+    result.info.description = dataset.info.description
+    lineage.forget(result, lineage.TAUGHT, lineage.EXPLAINED)
+    told = [line.replace(f"{lineage.SAMPLED}: ", f"{lineage.TAUGHT}: ") for line in lineage.told(sampled)]
+    by_teacher = {"step": lineage.TAUGHT, "settings": asdict(settings), "training": None}
+    noted = [{**each, **by_teacher} if each["step"] == lineage.SAMPLED else each for each in lineage.records(sampled)]
+    lineage.add(result, [*lineage.lines_of(noted), *told])
     return result
 
 

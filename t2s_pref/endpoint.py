@@ -7,7 +7,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from t2s_pref.errors import UserError, one_line
-from t2s_pref.files import looks_local
+from t2s_pref.files import looks_local, public_name
 from t2s_pref.protocol import Answer, Request, Sampled, Work, candidate_digest
 from t2s_pref.settings import SamplingSettings
 from t2s_pref.stops import complete_part
+from t2s_pref.templates import training_keys
 from t2s_pref.tokens import THINK_TAGS, begins_in_thought, count_tokens, encode_chats, special_tokens
 from t2s_pref.weights import Source, find_model, hash_parts, remembered_hashes
 from t2s_pref.wire import FIRST_TRIES, TRIES, Line, PassingError
@@ -99,6 +100,14 @@ class EndpointEngine:
         """One line on model and server, for people."""
         parent = f" on {self._card['parent']}" if self._card.get("parent") else ""
         return f"{self._card['id']}{parent}{f' ({self.model_version})' if self.model_version else ''} at {self.url}"
+
+    def origin(self) -> dict[str, Any]:
+        """Model and adapter for a dataset's card, by what they are called there."""
+        version = {"version": self.model_version} if self.model_version else {}
+        served, parent = public_name(self._card["id"]), self._card.get("parent")
+        if parent:
+            return {"model": {"name": public_name(parent)}, "adapter": {"name": served, **version}}
+        return {"model": {"name": served, **version}, "adapter": None}
 
     @property
     def adapter_name(self) -> str:
@@ -187,6 +196,12 @@ class EndpointEngine:
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
         """Token ids of each chat under the model's own template, up to where the answer begins."""
         return encode_chats(self._tokenizer, self._tokenizer.name_or_path, chats, enable_thinking)
+
+    def training_keys(self, rows: Sequence[Mapping[str, Any]], enable_thinking: bool) -> dict[str, str | bool]:
+        """LLaMA-Factory's `template` (and `enable_thinking`) that gives the prompts of these rows, where one does."""
+        with suppress(UserError):
+            return training_keys(self._tokenizer, rows, enable_thinking)
+        return {}
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""

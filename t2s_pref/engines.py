@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from t2s_pref.models import (
 from t2s_pref.protocol import Answer, Request, Sampled, Work
 from t2s_pref.settings import DEFAULT_MODEL, DTYPES, SamplingSettings
 from t2s_pref.stops import Stops
+from t2s_pref.templates import training_keys
 from t2s_pref.tokens import begins_in_thought, count_tokens, encode_chats, text_of
 from t2s_pref.weights import Source, find_adapter, find_model
 
@@ -126,13 +128,19 @@ class TransformersEngine:
             rider = f"no adapter: {self.adapter_path} was absent" if self.adapter_path else "no adapter"
         return f"{self.base_model}{f' at {base.revision[:12]}' if base.revision else ''}, {rider}"
 
+    def origin(self) -> dict[str, Any]:
+        """Model and adapter for a dataset's card; known once `identity` has been asked for."""
+        if self._in_hand is not None:
+            return {"model": {"name": self.base_model}, "adapter": None}
+        base, adapter = self._sources
+        return {"model": base.public(), "adapter": adapter and adapter.public(), "dtype": self._resolve()[1]}
+
     @property
     def adapter_name(self) -> str:
         """The name of the adapter, its folder's or its Hub id; `""` where there is none."""
         if self._in_hand is not None or self._sources is None or self._sources[1] is None:
             return ""
-        local = self._sources[1].revision is None
-        return Path(self.adapter_path).expanduser().resolve().name if local else str(self.adapter_path)
+        return self._sources[1].public()["name"]
 
     def _find(self, memo: Path | None) -> tuple[Source, Source | None]:
         base = find_model(self.base_model, self.revision, memo)
@@ -188,6 +196,12 @@ class TransformersEngine:
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
         """Token ids of each chat under the model's own template, up to where the answer begins."""
         return encode_chats(self._load().tokenizer, self.base_model, chats, enable_thinking)
+
+    def training_keys(self, rows: Sequence[Mapping[str, Any]], enable_thinking: bool) -> dict[str, str | bool]:
+        """LLaMA-Factory's `template` (and `enable_thinking`) that gives the prompts of these rows, where one does."""
+        with suppress(UserError):
+            return training_keys(self._load().tokenizer, rows, enable_thinking)
+        return {}
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""

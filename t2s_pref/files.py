@@ -84,6 +84,11 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def public_name(name: str) -> str:
+    """A name that a server gives a model, without the folders where it is one's path."""
+    return Path(name).name if looks_local(name) else name
+
+
 def looks_local(name: str | os.PathLike[str]) -> bool:
     """Whether `name` means a path of this machine rather than an `owner/name` of the Hub.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Features, Value
 
-from t2s_pref import ranks
+from t2s_pref import lineage, ranks
 from t2s_pref.adaptive import Proof, sample_share, sample_until_proven
 from t2s_pref.cache import cache_folder, cached_map, check_map_kwargs, draft_folder, find, keep, may_reuse, without_rows
 from t2s_pref.columns import (
@@ -260,12 +261,16 @@ def sample_rows(
     elif result is None:
         result = keep(dataset, "rejected", key, cache_dir, build)
     told = f"generate_rejected: {engine.describe()}"
-    if method := sampler.method(samples):
+    run = sampler.run(samples)
+    if method := run.get("decoding"):
         told += f"; {method}"
     if search and search.most > settings.candidates:
         told += f"; until {settings.num_rejects} are proven wrong"
         told += f"{' and one right' if search.chosen != 'gold' else ''}, at most {search.most} candidates a row"
-    result.info.description = "\n".join(line for line in (dataset.info.description, told) if line)
+    drawn = {**engine.origin(), "settings": asdict(settings), "training": run.get("training") or None}
+    drawn |= {"most_candidates": search.most} if search else {}
+    lineage.forget(result, lineage.SAMPLED, lineage.PROVEN, lineage.PAIRED)
+    lineage.note(result, told, step=lineage.SAMPLED, **drawn)
     return result
 
 

@@ -12,30 +12,48 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, NamedSplit, Value, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    DatasetInfo,
+    Features,
+    List,
+    NamedSplit,
+    Value,
+    get_dataset_config_names,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
 
+from t2s_pref import lineage
 from t2s_pref.columns import (
     ALTERNATIVES,
+    CHOSEN,
     DB_ID,
     DIALECT,
     HISTORY,
     INPUT,
     INSTRUCTION,
+    NOTED,
     OUTPUT,
+    PAIR,
+    REJECTED,
     REQUIRED,
+    ROUNDS,
     SOURCE_INDEX,
+    STRINGS,
     SYSTEM,
     each_split,
 )
 from t2s_pref.errors import UserError
 from t2s_pref.files import looks_local
+from t2s_pref.prompts import PROMPT_COLUMNS, messages
 from t2s_pref.records import KINDS, Origin, lone_surrogate, read_records
+from t2s_pref.registry import noted_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +63,9 @@ EXPECTED = "expected objects with the text columns instruction, input and output
 MAX_KEYS = 1000  # more distinct keys than this are data used as names, and would make a column of each
 HASHED_ROWS = 1000  # a fixed number, so that the fingerprint does not depend on how Arrow chunks the table
 
+ALPACA = "alpaca"  # the configuration of a pushed dataset that has these columns; `default` is TRL's
+
+_COMMIT = re.compile(r"^hf://[^@]*@([0-9a-f]{40})/")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -98,15 +119,26 @@ def load_sft(
 
     ```
     """
-    path = _local_file(source) if isinstance(source, str | os.PathLike) else None
+    path = find_source(source, split, revision)
     if path is None and isinstance(source, str):
-        return each_split(_from_hub(source, split, revision), partial(_from_dataset, name=source))
-    if split is not None or revision is not None:
-        raise UserError("split= and revision= choose from a Hub dataset; pass dataset[split], or leave them out here.")
-    return each_split(source, _from_dataset) if path is None else _from_file(path)
+        whole = from_hub(source, split, revision)
+        return each_split(whole, lambda part: _from_dataset(_without_pairs(part), source))
+    if path is None:
+        return each_split(source, _from_dataset)
+    rows = _from_file(path)
+    lineage.add(rows, noted_of(path))
+    return rows
 
 
 # Finding the source
+
+
+def find_source(source: Any, split: str | None, revision: str | None) -> Path | None:
+    """Return the file that `source` names; `None` where it is a Hub id, which alone has splits, or a dataset."""
+    path = _local_file(source) if isinstance(source, str | os.PathLike) else None
+    if (path is not None or not isinstance(source, str)) and (split is not None or revision is not None):
+        raise UserError("split= and revision= choose from a Hub dataset; pass dataset[split], or leave them out here.")
+    return path
 
 
 def _local_file(source: str | os.PathLike[str]) -> Path | None:
@@ -122,15 +154,39 @@ def _local_file(source: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset | DatasetDict:
+def from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset | DatasetDict:
+    """A dataset of the Hub; of one that this package pushed, the configuration in alpaca's columns."""
     try:
-        return load_dataset(repo_id, split=split, revision=revision)
+        names = get_dataset_config_names(repo_id, revision=revision)
+        whole = load_dataset(repo_id, ALPACA if ALPACA in names else None, split=split, revision=revision)
     except Exception as error:
         # Three libraries with no exception in common lie below, from the network's to a bare StopIteration for an empty
         # file. `DatasetGenerationError` itself says nothing: what went wrong is its cause.
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise UserError(f"{repo_id}: neither a file here nor loaded as a dataset from the Hub: {reason}") from error
+
+    def noted(part: Dataset) -> Dataset:
+        urls = part.info.download_checksums or ()
+        commit = next((found[1] for url in urls if (found := _COMMIT.search(url))), revision)
+        lineage.note(part, step=lineage.LOADED, source=repo_id, **({"revision": commit} if commit else {}))
+        return part
+
+    return each_split(whole, noted)
+
+
+def _without_pairs(dataset: Dataset) -> Dataset:
+    """The supervised rows under preference pairs, each prompt once; any other dataset as it is."""
+    if not all(dataset.features.get(side) in STRINGS for side in (CHOSEN, REJECTED)):
+        return dataset
+    names = [name for name in PROMPT_COLUMNS if name in dataset.column_names]
+    first: dict[str, int] = {}
+    for place, row in enumerate(dataset.select_columns(names)):
+        first.setdefault(json.dumps(messages(row)), place)
+    rows = dataset.select(first.values())
+    if OUTPUT not in rows.column_names:
+        rows = rows.rename_column(CHOSEN, OUTPUT)
+    return rows.remove_columns([name for name in rows.column_names if name in (*PAIR, *NOTED, *ROUNDS)])
 
 
 # From records to columns
@@ -229,6 +285,12 @@ def _mixed(name: str, values: Sequence[Any], records: Sequence[int], origin: Ori
 
 
 def _from_dataset(dataset: Dataset, name: str = "dataset") -> Dataset:
+    rows = _checked(dataset, name)
+    lineage.add(rows, lineage.noted_lines(dataset))
+    return rows
+
+
+def _checked(dataset: Dataset, name: str) -> Dataset:
     origin = Origin(f"{name} (split {dataset.split})" if dataset.split else name, EXPECTED)
     features = dataset.features
     for column in REQUIRED:

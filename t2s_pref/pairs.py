@@ -1,6 +1,7 @@
 """From a list of rejects a row to one preference pair a row, with every drop counted by its cause."""
 
 import os
+from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -8,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from t2s_pref import lineage
 from t2s_pref.betrayal import betrayal
 from t2s_pref.cache import cached_map
 from t2s_pref.columns import (
@@ -139,7 +141,7 @@ def explode_rejected(
             features |= {CHOSEN_FROM: Value("string")}
         if RAW in marked.column_names:
             features |= {RAW_ANSWER: Value("string")}
-        return cached_map(
+        pairs = cached_map(
             marked,
             partial(_explode, say_from=CHOSEN_FROM in features),
             step="pairs",
@@ -149,8 +151,23 @@ def explode_rejected(
             cache_dir=cache_dir,
             map_kwargs=dict(map_kwargs),
         )
+        options = {"dedup": dedup, "chosen": chosen, "select": select, "max_per_row": max_per_row}
+        options |= {"keep": list(check_verdicts(keep))} if keep is not None else {}
+        lineage.note(pairs, step=lineage.PAIRED, **_counts(marked), **options)
+        return pairs
 
     return each_split(dataset, explode)
+
+
+def _counts(marked: Dataset) -> dict[str, Any]:
+    """What became of the candidates, for the card of a dataset."""
+    sampled = [status for of_row in marked[STATUS][:] for status in of_row] if STATUS in marked.column_names else []
+    unusable = Counter(status for status in sampled if status != SAMPLED)
+    causes = Counter(cause for of_row in marked[DROP][:] for cause in of_row)
+    kept = causes.pop(KEPT, 0)
+    counts = {"rows": len(marked), "candidates": kept + causes.total() + unusable.total(), "pairs": kept}
+    verdicts = Counter(v for of_row in marked[VERDICT][:] for v in of_row) if VERDICT in marked.column_names else {}
+    return {**counts, "dropped": dict((causes + unusable).most_common()), "verdicts": dict(verdicts)}
 
 
 def mark_drops(

@@ -1,7 +1,7 @@
 """What sampling asks of an engine, whatever runs behind it: this process, another library, or a server."""
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -72,6 +72,11 @@ class Engine(Protocol):
     def describe(self) -> str:
         """One line for people on what is sampled from; known once `identity` has been asked for."""
 
+    def origin(self) -> dict[str, Any]:
+        """What is sampled from, for a dataset's card: `model` and `adapter` (`None` where there is none), each with its
+        `name` and where known its `revision`, `content` hash or `version`. No path, no address, no key.
+        """
+
     @property
     def adapter_name(self) -> str:
         """The name of the adapter or of the served model, no path; `""` where there is none."""
@@ -94,6 +99,11 @@ class Engine(Protocol):
 
     def encode_chats(self, chats: list[list[dict[str, str]]], enable_thinking: bool) -> list[list[int]]:
         """Token ids of each chat under the model's own template, up to where the answer begins."""
+
+    def training_keys(self, rows: Sequence[Mapping[str, Any]], enable_thinking: bool) -> dict[str, str | bool]:
+        """LLaMA-Factory's `template` (and `enable_thinking`) that gives the prompts of these rows; none, where no
+        template does or only the server knows its tokens.
+        """
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         """How many tokens each text has."""

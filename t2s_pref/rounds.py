@@ -5,13 +5,12 @@ and the hash of the policy that wrote them. Training itself is another program's
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
+from t2s_pref import lineage
 from t2s_pref.columns import (
     ADAPTER,
     CHOSEN,
@@ -25,6 +24,7 @@ from t2s_pref.columns import (
     ROUND,
     STRINGS,
     SYSTEM,
+    VERDICT,
     check_columns,
     one_split,
 )
@@ -32,49 +32,15 @@ from t2s_pref.errors import UserError
 from t2s_pref.formats import FORMATS, format_of
 from t2s_pref.load import check_history
 from t2s_pref.prompts import messages
-from t2s_pref.records import read_records
 from t2s_pref.sql import check_dialect, normalize_sql
 
 # What a pair carries from round to round; the first four are in every pair.
-TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED, SYSTEM, DB_ID, ADAPTER, POLICY_HASH, CHOSEN_FROM)
+TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED, SYSTEM, DB_ID, VERDICT, ADAPTER, POLICY_HASH, CHOSEN_FROM)
 CARRIED = {
     **{name: Value("string") for name in TEXT},
     HISTORY: List(List(Value("string"))),
     ROUND: Value("int64"),
 }
-EXPECTED = (
-    "expected the preference pairs that t2s-pref reject wrote: instruction, input, chosen and rejected as strings"
-)
-
-
-def load_pairs(path: str | os.PathLike[str]) -> Dataset:
-    """The preference pairs of an earlier round, from the file that `save_llamafactory` wrote.
-
-    Columns: `instruction`, `input`, `chosen`, `rejected` (`str`), and where the file has them `system`, `history`,
-    `db_id`, `round` (`int64`), `adapter`, `policy_hash` and `chosen_from` (`str`).
-
-    Raises:
-        [`UserError`]: where a record is not such a pair, with its place in the file.
-    """
-    records, origin = read_records(Path(os.path.expanduser(path)), EXPECTED)
-    names = [name for name in CARRIED if name == INPUT or any(name in record for record in records)]
-    for number, record in enumerate(records):
-        for name in names:
-            value = record.get(name)
-            kind = int if name == ROUND else str
-            if type(value) is int and not 0 < value < 1 << 31:
-                raise origin.error(f"column {name!r} is {value}; rounds are counted from 1.", number)
-            needed = name in (INSTRUCTION, CHOSEN, REJECTED)
-            if name == HISTORY:
-                check_history([value], lambda problem, _, number=number: origin.error(problem, number))
-            elif type(value) is not kind and (needed or value is not None):
-                raise origin.error(f"column {name!r} is {str(value)[:40]!r}; {EXPECTED}.", number)
-    missing = [name for name in (INSTRUCTION, CHOSEN, REJECTED) if name not in names]
-    if missing:
-        raise origin.error(f"column {missing[0]!r} is missing; {EXPECTED}.", 0)
-    columns = {name: [record.get(name) for record in records] for name in names}
-    columns[INPUT] = [text or "" for text in columns[INPUT]]
-    return Dataset.from_dict(columns, features=Features({name: CARRIED[name] for name in names}))
 
 
 def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
@@ -85,8 +51,8 @@ def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
 
     Args:
         rounds: preference pairs with `instruction`, `input`, `chosen` and `rejected` (`str`), as `explode_rejected` and
-            `load_pairs` make them. Of their other columns, `system`, `history`, `db_id`, `round`, `adapter`,
-            `policy_hash` and `chosen_from` are kept.
+            `load_pairs` make them. Of their other columns, `system`, `history`, `db_id`, `verdict`, `round`,
+            `adapter`, `policy_hash` and `chosen_from` are kept.
         dialect: SQL dialect of the answers, by its sqlglot name.
 
     Raises:
@@ -111,7 +77,10 @@ def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
                 seen.add(key)
                 merged.append({name: _value(name, row) for name in names})
     features = Features({name: CARRIED[name] for name in CARRIED if name in names})
-    return Dataset.from_list(merged, features=features)
+    result = Dataset.from_list(merged, features=features)
+    for part in rounds:
+        lineage.add(result, part.info.description.splitlines())
+    return result
 
 
 def _pairs(part: Dataset) -> Iterator[dict[str, Any]]:

@@ -68,6 +68,9 @@ RUN = "run.json"
 # How many tokens more than its SQL an answer with reasoning is planned to have.
 REASONING_TOKENS = 400
 
+# How many rows show which template of LLaMA-Factory gives the prompts; a training file is written after all of them.
+TRIED_ROWS = 16
+
 # What is known of a candidate that there is not.
 NO_RECORD: dict[str, Any] = {"text": "", "tokens": 0, "seconds": 0.0}
 
@@ -135,16 +138,21 @@ class RejectSampler:
                 self.engine.rest()
         self.store = None
 
-    def method(self, folder: Path) -> str | None:
-        """How the samples in `folder` were decoded, in words; `None` where nothing is there."""
+    def run(self, folder: Path) -> dict[str, Any]:
+        """What is known of how the samples in `folder` were drawn: `decoding`, in words, and the keys for `training` on
+        prompts like theirs.
+        """
         with suppress(FileNotFoundError):
-            return json.loads((folder / RUN).read_text(encoding="utf-8")).get("decoding")
+            return json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return {}
 
     def tokenize(self, rows: dict[str, list], positions: list[int]) -> dict[str, list]:
         """The working columns of a batch of rows."""
         names = [name for name in PROMPT_COLUMNS if name in rows]
-        chats = [messages(dict(zip(names, values, strict=True))) for values in zip(*map(rows.get, names), strict=True)]
-        ids = self.engine.encode_chats(chats, self.settings.enable_thinking)
+        each = [dict(zip(names, values, strict=True)) for values in zip(*map(rows.get, names), strict=True)]
+        ids = self.engine.encode_chats([messages(row) for row in each], self.settings.enable_thinking)
+        if "training" not in self._run:
+            self._note(training=self.engine.training_keys(each[:TRIED_ROWS], self.settings.enable_thinking))
         return {
             POSITION: positions,
             PROMPT_IDS: ids,

@@ -16,6 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEDUPS = ("none", "exact", "normalized")
 SELECTS = ("first", "hardest", "diverse", "closest_length", "random")
 CHOSENS = ("gold", "own", "own_or_gold")
+LAYOUTS = ("alpaca", "sharegpt")
 ANSWER_FORMATS = ("sql", "fenced", "think")
 TIMEOUT, GOLD_TIMEOUT = 5.0, 30.0  # seconds that a reject and a gold may take
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from t2s_pref import verdicts
+from t2s_pref import lineage, verdicts
 from t2s_pref.columns import (
     ANSWERS,
     COT,
@@ -285,7 +285,7 @@ def _count(marked: Dataset) -> Summary:
         tokens += sum(row.get(TOKENS) or ())
         seconds += row.get(SECONDS) or 0.0
     verified = VERDICT in marked.column_names
-    notes = (*marked.info.description.splitlines(), *(() if verified else (UNPROVEN,)))
+    notes = (*lineage.told(marked), *(() if verified else (UNPROVEN,)))
     return Summary(
         rows=len(marked),
         candidates=candidates,

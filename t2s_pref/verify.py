@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from t2s_pref import lineage
 from t2s_pref.cache import cache_folder, cached_map, check_map_kwargs
 from t2s_pref.columns import (
     ALTERNATIVES,
@@ -204,6 +205,7 @@ def verify_with(
         map_kwargs={"desc": "Writing verdicts", **map_kwargs},
         prepare=lambda: verifier.judge(pair for page in columns.iter(PAGE) for pair in asked(page)),
     )
-    told = f"verify_rejected: {verifier.engines()}"
-    result.info.description = "\n".join(line for line in (dataset.info.description, told) if line)
+    bounds = {"timeout": verifier.bounds.timeout, "gold_timeout": verifier.bounds.gold_timeout}
+    engines = verifier.engines()
+    lineage.note(result, f"{lineage.PROVEN}: {engines}", step=lineage.PROVEN, engines=engines, **bounds)
     return result

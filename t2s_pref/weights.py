@@ -39,6 +39,12 @@ class Source:
     revision: str | None
     identity: str
 
+    def public(self) -> dict[str, str]:
+        """What may be told of it anywhere: a Hub id with its commit, or a folder's own name with a hash."""
+        if self.revision is not None:
+            return {"name": self.name, "revision": self.revision}
+        return {"name": Path(self.name).resolve().name, "content": self.identity}
+
 
 def find_model(name: str, revision: str | None, memo: Path | None) -> Source:
     """Find base weights in a folder or on the Hub.

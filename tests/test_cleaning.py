@@ -186,7 +186,7 @@ def test_where_nothing_is_left_no_file_is_written(clean, tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"instruction": "x"}, "record 1 (line 1): 'chosen' is missing"),
+        ({"instruction": "x"}, "record 1 (line 1): column 'chosen' is missing"),
         ({**alpaca("SELECT 1"), "rejected": None}, "'rejected' is 'None'"),
         ({**alpaca("SELECT 1"), "rejected": []}, "'rejected' is '[]'"),
         ({**alpaca("SELECT 1"), "rejected": ["SELECT 1", "SELECT 2"]}, "'rejected' is \"['SELECT 1', 'SELECT 2']\""),

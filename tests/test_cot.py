@@ -458,8 +458,7 @@ def test_the_command_line_goes_from_a_teacher_to_pairs(run, style, tmp_path, cap
     assert run("cot", *proof, "--answer-format", style, "--output", sft, "--max-per-row", 1) == 0
     said = capsys.readouterr().out
     assert "kept chains of thought" in said
-    assert f"template: {FORMATS[style].template}" in said
-    assert ("enable_thinking: true" in said) == (style == "think")
+    assert f"train on it: t2s-pref train-config --dataset-dir {tmp_path} --dataset cot_sft" in said
     assert run("reject", *proof, "--cot", style, "--cot-data", sft, "--output", dpo, "--max-per-row", 2) == 0
     said = capsys.readouterr().out
     assert "characters of a chosen answer" in said

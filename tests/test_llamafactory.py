@@ -377,7 +377,7 @@ def test_processes_that_save_at_the_same_time_lose_no_entry(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from t2s_pref.llamafactory import _locked
+from t2s_pref.registry import _locked
 with _locked(Path(sys.argv[1]) / "dataset_info.json"):
     print("held", flush=True)
     time.sleep(600)

@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, List, Value, load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from t2s_pref import WRONG, UserError, audit_golds, explode_rejected, verify_rejected
+from t2s_pref import WRONG, UserError, audit_golds, explode_rejected, lineage, verify_rejected
 from t2s_pref.store import SampleStore
 
 SCHEMA = """
@@ -761,7 +761,7 @@ def test_verdicts_survive_every_further_transform(music, cache_dir, tmp_path):
 
 def test_what_is_told_of_the_run_names_the_engine_and_no_place(music, cache_dir):
     found = verify_rejected(rows((GOLD, ["SELECT 1"])), music, cache_dir=cache_dir)
-    assert found.info.description == f"verify_rejected: SQLite {sqlite3.sqlite_version}"
+    assert lineage.told(found) == [f"verify_rejected: SQLite {sqlite3.sqlite_version}"]
     kept = b"".join(path.read_bytes() for path in cache_dir.glob("verified/*"))
     assert str(music).encode() not in kept
 
