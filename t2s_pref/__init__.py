@@ -28,13 +28,17 @@ if TYPE_CHECKING:
     from t2s_pref.errors import UserError
     from t2s_pref.formats import FORMATS
     from t2s_pref.generate import generate_rejected
+    from t2s_pref.hub import push_to_hub, split_by_prompt
+    from t2s_pref.layouts import to_trl
     from t2s_pref.llamafactory import save_llamafactory
     from t2s_pref.load import load_sft
     from t2s_pref.models import release_models
     from t2s_pref.pairs import explode_rejected
-    from t2s_pref.rounds import load_pairs, merge_pairs
+    from t2s_pref.preferences import load_pairs
+    from t2s_pref.rounds import merge_pairs
     from t2s_pref.settings import SamplingSettings
     from t2s_pref.tally import Summary, summary
+    from t2s_pref.training import write_dpo_config, write_sft_config
     from t2s_pref.verdicts import WRONG
     from t2s_pref.verify import verify_rejected
 
@@ -64,10 +68,15 @@ __all__ = [
     "load_pairs",
     "load_sft",
     "merge_pairs",
+    "push_to_hub",
     "release_models",
     "save_llamafactory",
+    "split_by_prompt",
     "summary",
+    "to_trl",
     "verify_rejected",
+    "write_dpo_config",
+    "write_sft_config",
 ]
 
 _HOME = {
@@ -91,13 +100,18 @@ _HOME = {
     "explode_rejected": "pairs",
     "generate_cot": "cot",
     "generate_rejected": "generate",
-    "load_pairs": "rounds",
+    "load_pairs": "preferences",
     "load_sft": "load",
     "merge_pairs": "rounds",
+    "push_to_hub": "hub",
     "release_models": "models",
     "save_llamafactory": "llamafactory",
+    "split_by_prompt": "hub",
     "summary": "tally",
+    "to_trl": "layouts",
     "verify_rejected": "verify",
+    "write_dpo_config": "training",
+    "write_sft_config": "training",
 }
 
 

@@ -15,6 +15,7 @@ from t2s_pref.settings import (
     DEFAULT_MODEL,
     DTYPES,
     GOLD_TIMEOUT,
+    LAYOUTS,
     SAMPLING_DEFAULTS,
     SELECTS,
     TIMEOUT,
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, description: str) -> argparse.ArgumentParser:
         new = added.add_parser(name, help=text, description=description, formatter_class=_Help)
-        new.set_defaults(run=getattr(commands, name))
+        new.set_defaults(run=getattr(commands, name.replace("-", "_")))
         return new
 
     reject = command(
@@ -68,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(reject)
     data = _add_data(reject)
     _add_output(data)
+    _add_formatting(data)
     data.add_argument(
         "--dedup-rejects",
         nargs="?",
@@ -113,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(cot)
     data = _add_data(cot)
     _add_output(data, "SFT rows with chains of thought")
+    _add_formatting(data)
     data.add_argument(
         "--answer-format", default="fenced", choices=ANSWER_FORMATS[1:], help="reasoning and a block, or a think block"
     )
@@ -127,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         "Run both sides of every pair of a preference file and write the pairs whose rejected side is proven wrong.",
     )
     data = verify.add_argument_group("data")
-    data.add_argument("--data", required=True, help="JSON array or JSONL of records with chosen and rejected")
+    data.add_argument("--data", required=True, help="JSON array, JSONL or Hub id of records with chosen and rejected")
+    data.add_argument("--split", help="the split of a dataset from the Hub")
     _add_output(data)
     data.add_argument("--report", help="JSON file to write: every pair that was dropped, and why")
     _add_cache(data)
@@ -153,6 +157,40 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(evaluate, "the k of pass@k")
     _add_cot(evaluate)
     _add_databases(evaluate)
+
+    _add_training(
+        command(
+            "train-config",
+            "from data that LLaMA-Factory finds to the YAML that it trains with",
+            "Write the training file for datasets in a dataset_info.json: DPO for preference pairs, SFT for supervised "
+            "rows. Template and thinking mode are those of the prompts that were sampled from; rows are measured.",
+        )
+    )
+
+    push = command(
+        "push",
+        "from a file of pairs to a dataset on the Hub that trains and explains itself",
+        "Push preference pairs, or supervised rows, in one commit: for TRL, for LLaMA-Factory, with a card from the "
+        "run. The token is in HF_TOKEN or where `hf auth login` put it. Pushed again, what is ours there is replaced.",
+    )
+    data = push.add_argument_group("data")
+    data.add_argument("--data", required=True, help="JSON array or JSONL of preference pairs or supervised rows")
+    data.add_argument("--test-size", type=float, default=0.0, help="share of prompts that go into a split test")
+    to = push.add_argument_group("Hub")
+    to.add_argument(
+        "--repo-id", required=True, metavar="OWNER/NAME", help="dataset on the Hub, made where there is none"
+    )
+    to.add_argument("--private", action="store_true", help="make a new one private")
+    to.add_argument("--revision", help="branch to push to, made where it is not there")
+    to.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    to.add_argument("--license", help="as the Hub writes it, cc-by-4.0 say")
+    to.add_argument(
+        "--source-datasets",
+        nargs="+",
+        default=(),
+        metavar="ID",
+        help="Hub ids of datasets that the rows come from",
+    )
 
     demo = command(
         "demo",
@@ -234,6 +272,12 @@ def _add_output(data: argparse._ArgumentGroup, what: str = "preference pairs") -
     data.add_argument("--dataset-name", help="its name in the dataset_info.json beside it (default: the file's stem)")
 
 
+def _add_formatting(data: argparse._ArgumentGroup) -> None:
+    data.add_argument(
+        "--formatting", default="alpaca", choices=LAYOUTS, help="layout of the file: columns of strings, or messages"
+    )
+
+
 def _add_sampling(parser: argparse.ArgumentParser, wanted: str, count: str = "--num-rejects") -> None:
     sampling = parser.add_argument_group("sampling")
     for name, kind, text in (
@@ -275,6 +319,52 @@ def _add_databases(
     proof.add_argument("--gold-timeout", type=float, default=GOLD_TIMEOUT, help="seconds that a gold may take")
     proof.add_argument("--workers", type=int, help="processes that run SQL (default: one a core, 16 at most)")
     return proof
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--base-model", help="folder or Hub id (default: the Hub model that the pairs were sampled from)"
+    )
+    model.add_argument("--revision", help="branch, tag or commit of a base model from the Hub")
+    model.add_argument(
+        "--adapter-path",
+        help='LoRA adapter to start from, folder or Hub id; "" for none, though pairs were sampled with one',
+    )
+    model.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    model.add_argument("--template", help="LLaMA-Factory's (default: the one that gives the prompts sampled from)")
+    method = parser.add_argument_group("method")
+    method.add_argument("--finetuning", default="lora", help="lora, qlora (on 4-bit weights) or full")
+    method.add_argument("--lora-rank", type=int, default=32, help="of the adapter that is trained")
+    method.add_argument("--pref-loss", default="sigmoid", help="sigmoid (DPO), orpo or simpo")
+    method.add_argument("--pref-beta", type=float, help="how strongly preferences count (default: 0.1, for simpo 2.0)")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset-dir", required=True, help="folder of dataset_info.json, or REMOTE:user/repo of a dataset on the Hub"
+    )
+    data.add_argument("--dataset", required=True, nargs="+", metavar="NAME", help="names in it; several are mixed")
+    data.add_argument("--mix", help="concat, interleave_under or interleave_over (default: concat)")
+    data.add_argument(
+        "--probs",
+        nargs="+",
+        type=float,
+        metavar="P",
+        help="how likely a row is drawn from each dataset; interleaves them",
+    )
+    data.add_argument("--cutoff-len", type=int, help="most tokens of a row (default: those of the longest)")
+    data.add_argument("--max-samples", type=int, default=0, help="only the first rows of each dataset; 0 for all")
+    data.add_argument("--output", required=True, help="file to write, .yaml or .yml")
+    train = parser.add_argument_group("training")
+    train.add_argument("--output-dir", help="folder of what is trained (default: saves/MODEL/FINETUNING/DATASET)")
+    train.add_argument("--save-steps", type=int, default=500, help="steps from one checkpoint to the next")
+    train.add_argument("--report-to", default="none", help="none, wandb, tensorboard, swanlab, mlflow or trackio")
+    train.add_argument("--batch-size", type=int, default=1, help="rows that a device computes at a time")
+    train.add_argument("--gradient-accumulation", type=int, default=8, help="batches of a step")
+    train.add_argument(
+        "--learning-rate", type=float, help="the highest (default: 5e-6; without rejects 1e-4, and 1e-5 for full)"
+    )
+    train.add_argument("--epochs", type=float, default=3.0, help="passes over the data")
+    train.add_argument("--device", default="auto", help="what it will be trained on: cuda, cpu, or auto, what is here")
 
 
 def _add_keep(proof: argparse._ArgumentGroup) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def reject(args: argparse.Namespace) -> int | None:
     from t2s_pref.llamafactory import check_destination, save_llamafactory
     from t2s_pref.load import load_sft
     from t2s_pref.pairs import explode_rejected
-    from t2s_pref.rounds import load_pairs, merge_pairs
+    from t2s_pref.preferences import load_pairs
+    from t2s_pref.rounds import merge_pairs
     from t2s_pref.sql import check_dialect
     from t2s_pref.tally import summary
 
@@ -95,8 +97,8 @@ def reject(args: argparse.Namespace) -> int | None:
         before = sum(map(len, earlier))
         print(f"merged {len(pairs)} pairs with {before} of earlier rounds: {len(merged)}, each once")
         pairs = merged
-    print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name)}")
-    return _done(args.cot, counts.drops)
+    print(f"wrote {save_llamafactory(pairs, args.output, args.dataset_name, formatting=args.formatting)}")
+    return _done(args, counts.drops)
 
 
 def cot(args: argparse.Namespace) -> int | None:
@@ -130,18 +132,17 @@ def cot(args: argparse.Namespace) -> int | None:
     kept = explode_cot(rows, args.max_per_row, cache_dir=args.cache_dir)
     if not len(kept):
         raise UserError(f"No chain of thought is left, as the summary says; {args.output!r} was not written.")
-    print(f"wrote {save_llamafactory(kept, args.output, args.dataset_name)}")
-    return _done(args.cot, counts.drops)
+    print(f"wrote {save_llamafactory(kept, args.output, args.dataset_name, formatting=args.formatting)}")
+    return _done(args, counts.drops)
 
 
-def _done(answer_format: str | None, drops: dict[str, int]) -> int | None:
-    """Say how to train on answers of a format, and what is still lacking; the exit code."""
+def _done(args: argparse.Namespace, drops: dict[str, int]) -> int | None:
+    """Say how to train on what was written, and what is still lacking; the exit code."""
     from t2s_pref.columns import FAILED
-    from t2s_pref.formats import FORMATS
 
-    if answer_format:
-        keys = (f"{name}: {str(value).lower()}" for name, value in FORMATS[answer_format].training_keys().items())
-        print(f"train a Qwen3 on it with {', '.join(keys)}")
+    written = Path(args.output)
+    where = ["--dataset-dir", str(written.parent), "--dataset", args.dataset_name or written.stem]
+    print(f"train on it: t2s-pref train-config {shlex.join(where)} --base-model ... --output train.yaml")
     if lacking := drops.get(FAILED, 0):
         print(f"t2s-pref: {lacking} answers failed; run the same command again to ask for these.", file=sys.stderr)
         return INCOMPLETE
@@ -169,6 +170,7 @@ def verify(args: argparse.Namespace) -> None:
         args.data,
         args.databases,
         args.output,
+        split=args.split,
         dataset_name=args.dataset_name,
         keep=args.keep or WRONG,
         timeout=args.timeout,
@@ -207,6 +209,34 @@ def evaluate(args: argparse.Namespace) -> None:
     if found is None:
         return
     _report(found, args.report)
+
+
+def train_config(args: argparse.Namespace) -> None:
+    """Datasets that LLaMA-Factory finds to its training file."""
+    from t2s_pref.training import train_config
+
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "dataset", "output")}
+    print(train_config(args.output, args.dataset, **given))
+
+
+def push(args: argparse.Namespace) -> None:
+    """A file of pairs, or of supervised rows, to the Hub."""
+    from t2s_pref.hub import push_to_hub
+    from t2s_pref.load import load_sft
+    from t2s_pref.preferences import holds_pairs, load_pairs
+
+    rows = (load_pairs if holds_pairs(args.data) else load_sft)(args.data)
+    pushed = push_to_hub(
+        rows,
+        args.repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        test_size=args.test_size,
+        license=args.license,
+        source_datasets=args.source_datasets,
+    )
+    print(f"pushed {len(rows)} rows: {pushed.pr_url or pushed.commit_url}")
 
 
 def demo(args: argparse.Namespace) -> None:

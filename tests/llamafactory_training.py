@@ -26,8 +26,13 @@ class Training:
     output: Path
 
 
-def train(folder: Path, rows: Dataset, name: str, **settings: Any) -> Training:
-    """Run `llamafactory-cli train` on the dataset `name` that was saved in `folder`, for `STEPS` steps on the CPU."""
+def train(
+    folder: Path, rows: Dataset, name: str, environment: dict[str, str] | None = None, **settings: Any
+) -> Training:
+    """Run `llamafactory-cli train` on the dataset `name` that was saved in `folder`, for `STEPS` steps on the CPU.
+
+    With an `environment`, on whatever Hub it names.
+    """
     output, tokenized = folder / f"{name}-trained", folder / f"{name}-tokens"
     config = folder / f"{name}.yaml"
     settings = {
@@ -51,8 +56,9 @@ def train(folder: Path, rows: Dataset, name: str, **settings: Any) -> Training:
         **settings,
     }
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
+    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    environment = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [llamafactory_venv() / "bin" / "llamafactory-cli", "train", config],
         cwd=folder,

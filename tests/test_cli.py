@@ -39,7 +39,7 @@ def options(parser, *names):
     (commands,) = (action for action in parser._actions if action.dest == "command")
     return {
         action.option_strings[-1]: action
-        for name in reversed(names or ("reject", "verify", "audit", "evaluate", "cot"))
+        for name in reversed(names or ("reject", "verify", "audit", "evaluate", "cot", "train-config", "push"))
         for action in commands.choices[name]._actions
         if action.option_strings and action.dest != "help"
     }
@@ -99,8 +99,10 @@ def test_the_commands_in_the_readme_are_understood():
 
 def test_help_names_every_command_and_option():
     shown = t2s_pref("--help").stdout
-    assert all(name in shown for name in ["reject", "verify", "audit", "evaluate", "cot", "demo"])
-    for command in ("reject", "verify", "audit", "evaluate", "cot"):
+    assert all(
+        name in shown for name in ["reject", "verify", "audit", "evaluate", "cot", "train-config", "push", "demo"]
+    )
+    for command in ("reject", "verify", "audit", "evaluate", "cot", "train-config", "push"):
         shown = t2s_pref(command, "--help").stdout
         assert "None" not in shown
         assert all(name in shown for name in options(build_parser(), command))
