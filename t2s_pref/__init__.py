@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from t2s_pref.errors import UserError
     from t2s_pref.formats import FORMATS
     from t2s_pref.generate import generate_rejected
-    from t2s_pref.hub import push_to_hub, split_by_prompt
+    from t2s_pref.hub import push_to_hub
     from t2s_pref.layouts import to_trl
     from t2s_pref.llamafactory import save_llamafactory
     from t2s_pref.load import load_sft
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from t2s_pref.preferences import load_pairs
     from t2s_pref.rounds import merge_pairs
     from t2s_pref.settings import SamplingSettings
+    from t2s_pref.splits import split_by_prompt
     from t2s_pref.tally import Summary, summary
     from t2s_pref.training import write_dpo_config, write_sft_config
     from t2s_pref.verdicts import WRONG
@@ -106,7 +107,7 @@ _HOME = {
     "push_to_hub": "hub",
     "release_models": "models",
     "save_llamafactory": "llamafactory",
-    "split_by_prompt": "hub",
+    "split_by_prompt": "splits",
     "summary": "tally",
     "to_trl": "layouts",
     "verify_rejected": "verify",

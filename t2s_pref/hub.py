@@ -1,19 +1,16 @@
-"""Datasets on the Hub that explain themselves: `push_to_hub`, and splits by prompt.
+"""Datasets on the Hub that explain themselves: `push_to_hub`.
 
 A push is one commit: both configurations, `dataset_info.json` and the card appear together or not at all. The token is
 huggingface_hub's to find, in the environment (HF_TOKEN) or where `hf auth login` has put it; none is taken here.
 """
 
-import hashlib
 import json
-import logging
 import re
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset, DatasetDict, DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
@@ -27,7 +24,7 @@ from huggingface_hub import (
     HfApi,
     hf_hub_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from t2s_pref import __version__, lineage
@@ -52,13 +49,9 @@ from t2s_pref.columns import (
 from t2s_pref.errors import UserError, one_line
 from t2s_pref.layouts import answer_columns, checked_rows, to_trl
 from t2s_pref.load import ALPACA
-from t2s_pref.patience import TRIES, pause, retry_after
-from t2s_pref.prompts import PROMPT_COLUMNS, messages
+from t2s_pref.patience import patiently
 from t2s_pref.registry import DATASET_INFO, entry_of, info_text
-
-logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
+from t2s_pref.splits import prompts_of, split_by_prompt
 
 DEFAULT = "default"
 FOLDERS = {DEFAULT: "data", ALPACA: ALPACA}  # as datasets' own push_to_hub has it
@@ -70,14 +63,6 @@ CARRIED = (
     *(SYSTEM, HISTORY, DB_ID, DIALECT, OUTPUT, ALTERNATIVES, CHOSEN_FROM, VERDICT, DISTANCE),
     *(SOURCE_INDEX, REJECTED_INDEX, *ROUNDS),
 )
-
-# The statuses that another try may not meet, beside those from 500 up; what makes 412 pass is that all is read anew.
-PASSING = {408, 409, 412, 425, 429}
-REFUSED = {
-    401: "set HF_TOKEN to a token that may write, or `hf auth login`",
-    403: "the token may not write there: take one that may, or create_pr (--create-pr)",
-    404: "see to the name, and that the token may read and write there",
-}
 
 
 def push_to_hub(
@@ -136,51 +121,6 @@ def push_to_hub(
         )
 
 
-def split_by_prompt(dataset: Dataset, test_size: float, seed: int = 0) -> DatasetDict:
-    """Splits `train` and `test`, such that no prompt is in both, however many pairs it has.
-
-    A prompt goes where its hash says, whatever the other rows are: a dataset that grows keeps its test prompts out of
-    `train`. The share is met on average; each split gets a prompt at least.
-
-    Args:
-        dataset: columns read: `instruction`, `input`, and where present `system` and `history`.
-        test_size: the share of prompts in `test`, above 0 and below 1.
-        seed: another one gives another split.
-
-    >>> rows = [{"instruction": "", "input": question} for question in ("How many?", "How many?", "Who?", "Where?")]
-    >>> split_by_prompt(Dataset.from_list(rows), test_size=0.4)["test"]["input"][:]
-    ['How many?', 'How many?']
-    """
-    if not 0 < test_size < 1:
-        raise UserError(f"test_size is {test_size}; it must be a share of the prompts, above 0 and below 1.")
-    dataset = each_split(dataset, lambda whole: whole)
-    prompts = list(_prompts(dataset))
-    places = {prompt: _place(prompt, seed) for prompt in prompts}
-    if len(places) < 2:
-        raise UserError(f"The dataset has {len(places)} prompts; there must be two or more to split them.")
-    ordered = sorted(places, key=places.__getitem__)
-    number = sum(place < test_size for place in places.values())
-    test = set(ordered[: min(max(number, 1), len(ordered) - 1)])
-    return DatasetDict(
-        {
-            "train": dataset.select([row for row, prompt in enumerate(prompts) if prompt not in test]),
-            "test": dataset.select([row for row, prompt in enumerate(prompts) if prompt in test]),
-        }
-    )
-
-
-def _prompts(dataset: Dataset) -> Iterator[str]:
-    names = [name for name in PROMPT_COLUMNS if name in dataset.column_names]
-    for row in dataset.select_columns(names):
-        yield json.dumps(messages(row))
-
-
-def _place(prompt: str, seed: int) -> float:
-    """Where a prompt stands between 0 and 1."""
-    digest = hashlib.blake2b(f"{seed}|{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 # What is pushed
 
 
@@ -219,7 +159,7 @@ def _splits(dataset: Dataset | DatasetDict, test_size: float) -> dict[str, Datas
         splits[split] = part.select_columns([INSTRUCTION, INPUT, *answers, *names])
         for _ in checked_rows(splits[split], answers):
             pass
-        for row, prompt in enumerate(_prompts(part)):
+        for row, prompt in enumerate(prompts_of(part)):
             if in_split.setdefault(prompt, split) != split:
                 raise UserError(
                     f"Row {row} of the split {split!r} has a prompt that is in {in_split[prompt]!r} too, and what is "
@@ -232,7 +172,7 @@ def _described(splits: dict[str, Dataset], repo_id: str, answers: tuple[str, ...
     counts, noted, shortest = [], {}, None
     for split, part in splits.items():
         databases = len(set(part[DB_ID]) - {None, ""}) if DB_ID in part.column_names else 0
-        counts.append(Split(split, len(part), len(set(_prompts(part))), databases))
+        counts.append(Split(split, len(part), len(set(prompts_of(part))), databases))
         noted.update((json.dumps(each), each) for each in lineage.records(part))
         for row in part:
             size = sum(len(row[name] or "") for name in (INSTRUCTION, INPUT, *answers))
@@ -380,54 +320,3 @@ def _registry(of: Described, before: str) -> str:
         name = of.name if number == 0 else f"{of.name}_{split.name}"
         info[name] = {**where, **entry_of(of.columns), **noted}
     return info_text(info)
-
-
-# What the Hub may do
-
-
-def patiently(ask: Callable[[], Value], what: str, otherwise: str) -> Value:
-    """What `ask` returns; what may pass is tried again, for about a minute.
-
-    Raises:
-        [`UserError`]: where the Hub refuses.
-        `ConnectionError`: where it goes on failing; `otherwise` says how things stand then.
-    """
-    for number in range(TRIES):
-        try:
-            return ask()
-        except UserError:
-            raise
-        except Exception as error:
-            status, after = _failure(error)
-            if type(error).__name__ == "OfflineModeIsEnabled":
-                raise UserError(f"HF_HUB_OFFLINE is set, and {what} needs the Hub; unset it.") from error
-            if status is None:
-                raise
-            if status in REFUSED:
-                raise UserError(f"{what}: the Hub answered {status}; {REFUSED[status]}.") from error
-            if 0 < status < 500 and status not in PASSING:
-                raise UserError(f"{what}: the Hub refused: {one_line(error)}") from error
-            found = f"answered {status}" if status else f"failed ({one_line(error)})"
-            if number == TRIES - 1:
-                raise ConnectionError(f"{what}: the Hub {found} at try {TRIES} of {TRIES}. {otherwise}") from error
-            seconds = max(after, pause(number))
-            logger.warning("%s: the Hub %s; trying again in %.0f s.", what, found, seconds)
-            time.sleep(seconds)
-    raise AssertionError  # the last try returns or raises
-
-
-def _failure(error: BaseException | None) -> tuple[int | None, float]:
-    """The status that an error of the Hub's client holds, 0 for a broken connection, `None` for another error; and the
-    seconds that the Hub wants to be left alone.
-
-    The client brings httpx in some versions and httpx2 in others, so neither is named here.
-    """
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(error, HfHubHTTPError) and response is not None:
-            return response.status_code, retry_after(response.headers.get("Retry-After"))
-        transport = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-        if transport or isinstance(error, ConnectionError | TimeoutError | json.JSONDecodeError):
-            return 0, 0.0
-        error = error.__cause__
-    return None, 0.0

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-from llamafactory.hparams import get_train_args
-from llamafactory.model import load_tokenizer
-
 # For each stage: the stage's own name for the dataset that it reads, and the dataset's name and keys.
 STAGES = {"dpo": ("rm", "pairs", {}), "sft": ("sft", "sft", {}), "masked": ("sft", "sft", {"mask_history": True})}
 
 
 def encode(job: dict[str, Any]) -> dict[str, Any]:
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
     result: dict[str, Any] = {}
     for name, (stage, dataset, keys) in STAGES.items():
         arguments = {
