@@ -6,19 +6,22 @@ that it does not set.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from t2s_pref import __version__, lineage
 from t2s_pref.columns import CHOSEN, DB_ID, INPUT, INSTRUCTION, OUTPUT, REJECTED, SYSTEM, VERDICT
+from t2s_pref.errors import UserError
 from t2s_pref.prompts import messages
 from t2s_pref.tally import CAUSES
 from t2s_pref.verdicts import WRONG
 
-TAG = "t2s_pref"
+TAG = lineage.KEY
 BEGIN = "<!-- t2s_pref: what is between these marks is written anew by each push -->"
 END = "<!-- t2s_pref: end -->"
-TAGS = ("text-to-sql", "sql", "synthetic", TAG)
+TAGS = ("text-to-sql", "sql", TAG)
+SYNTHETIC = ("synthetic",)
 PAIR_TAGS = ("dpo", "preference")
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 LARGEST = "1M<n<10M"
@@ -66,15 +69,14 @@ class Described(NamedTuple):
     name: str  # in dataset_info.json
     splits: list[Split]
     columns: list[str]
+    verdicts: Counter[str]  # of the rows; the empty one of a row that has none
     example: Mapping[str, Any]
     noted: list[dict[str, Any]]
 
     @property
-    def proven(self) -> bool:
-        """Whether every reject is proven wrong: each file or dataset that went in was verified, and only such kept."""
-        paired = [each for each in self.noted if each["step"] == lineage.PAIRED]
-        kept = {verdict for each in paired for verdict in each.get("keep") or ()}
-        return bool(paired) and all(each.get("verdicts") for each in paired) and kept <= set(WRONG)
+    def written(self) -> bool:
+        """Whether it is noted which model wrote the answers."""
+        return any(each["step"] in (lineage.SAMPLED, lineage.TAUGHT) for each in self.noted)
 
     @property
     def pairs(self) -> bool:
@@ -85,13 +87,13 @@ class Described(NamedTuple):
 def metadata(of: Described, given: Mapping[str, Any], license: str | None, sources: Iterable[str]) -> dict[str, Any]:
     """The fields of the YAML that are ours, merged with those that are `given` there; `license` and sources win."""
     rows = sum(split.rows for split in of.splits)
-    tags = [*(given.get("tags") or ()), *(PAIR_TAGS if of.pairs else ()), *TAGS]
+    tags = [*listed(given.get("tags")), *(PAIR_TAGS if of.pairs else ()), *TAGS, *(SYNTHETIC if of.written else ())]
     noted = [each.get("source") for each in of.noted if each["step"] == lineage.LOADED]
-    sources = [*(given.get("source_datasets") or ()), *sources, *(name for name in noted if name != of.repo_id)]
+    sources = [*listed(given.get("source_datasets")), *sources, *(name for name in noted if name != of.repo_id)]
     fields: dict[str, Any] = {"license": license} if license else {}
     if "license" not in given and not license:
         fields["license"] = "unknown"
-    fields["task_categories"] = list(dict.fromkeys([*(given.get("task_categories") or ()), "text-generation"]))
+    fields["task_categories"] = list(dict.fromkeys([*listed(given.get("task_categories")), "text-generation"]))
     fields["tags"] = list(dict.fromkeys(tags))
     fields["size_categories"] = [next((name for most, name in SIZES if rows < most), LARGEST)]
     if sources := list(dict.fromkeys(name for name in sources if name)):
@@ -100,14 +102,29 @@ def metadata(of: Described, given: Mapping[str, Any], license: str | None, sourc
 
 
 def body(of: Described, before: str) -> str:
-    """The text of the card: ours, in what somebody else wrote `before`."""
-    ours = f"{BEGIN}\n\n{_text(of)}\n\n{END}"
-    found = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", before, re.DOTALL)
-    if found:
-        return before[: found.start()] + ours + before[found.end() :]
+    """The text of the card: ours, in what somebody else wrote `before`.
+
+    Raises:
+        [`UserError`]: where our marks are not as they were, and nothing tells whose words are whose.
+    """
+    # the rows' own text must not end or begin what is ours
+    ours = f"{BEGIN}\n\n{_text(of).replace('<!-- t2s_pref:', '<!-- t2s_pref')}\n\n{END}"
+    first, last = before.find(BEGIN), before.find(END)
+    if (before.count(BEGIN), before.count(END)) == (1, 1) and first < last:
+        return before[:first] + ours + before[last + len(END) :]
+    if BEGIN in before or END in before:
+        raise UserError(
+            f"The card of {of.repo_id} has our marks {before.count(BEGIN)} and {before.count(END)} times; it must be "
+            f"{BEGIN!r} and then {END!r} once each, or none of them: take out the text between them too."
+        )
     if before.strip():
         return f"{before.rstrip()}\n\n{ours}\n"
     return f"# {of.repo_id.rpartition('/')[2]}\n\n{ours}\n"
+
+
+def listed(value: Any) -> list[str]:
+    """A field that YAML may hold as one text or as a list of them."""
+    return [value] if isinstance(value, str) else [each for each in value or () if isinstance(each, str)]
 
 
 def _text(of: Described) -> str:
@@ -120,17 +137,19 @@ def _what(of: Described) -> str:
     prompts = sum(split.prompts for split in of.splits)
     if not of.pairs:
         return f"{rows:,} supervised rows for text-to-SQL, on {prompts:,} prompts: each `output` answers its prompt."
-    rejected = (
-        "was **proven wrong by execution**: it ran and returned something else, or the engine refused it, while the "
-        "gold ran and its result is determined by the data"
-        if of.proven
-        else "differs from the gold as text; it was not run, so **it may be right**"
-    )
-    return (
-        f"{rows:,} preference pairs for text-to-SQL, on {prompts:,} prompts. `rejected` is SQL that a language model "
-        f"itself wrote for the prompt and that {rejected}. `chosen` is right: the gold, or the model's own where "
-        "`chosen_from` says so."
-    )
+    text = f"{rows:,} preference pairs for text-to-SQL, on {prompts:,} prompts. "
+    if any(each["step"] == lineage.SAMPLED for each in of.noted):
+        text += "`rejected` is SQL that a language model itself wrote for the prompt; `chosen` is the gold, or "
+        text += "the model's own where `chosen_from` says so. "
+    else:
+        text += "Who wrote them is not noted. "
+    wrong = sum(count for verdict, count in of.verdicts.items() if verdict in WRONG)
+    if wrong == rows:
+        text += "Each `rejected` was **proven wrong by execution**: it ran and returned something else, or the engine "
+        return f"{text}refused it, while `chosen` ran and its result is determined by the data."
+    if of.verdicts.keys() <= {""}:
+        return f"{text}No `verdict` says that a `rejected` was run, so **it may be right**."
+    return f"{text}{wrong:,} of them were proven wrong by execution, as `verdict` says; **the others may be right**."
 
 
 def _counts(of: Described) -> str:
@@ -155,11 +174,12 @@ def _step(noted: dict[str, Any]) -> str:
         role = "policy" if step == lineage.SAMPLED else "teacher"
         rows += [[role, _named(noted.get("model"))], ["adapter", _named(noted.get("adapter")) or "none"]]
         rows += [["dtype", noted["dtype"]]] if noted.get("dtype") else []
-        settings = noted.get("settings") if isinstance(noted.get("settings"), dict) else {}
-        rows += [[name, _value(value)] for name, value in settings.items() if value not in (None, [], ())]
+        settings = (noted.get("settings") or {}).items()
+        rows += [[name, _value(value)] for name, value in settings if value not in (None, [], ())]
+        rows += [["kept in the format", noted["kept_as"]]] if noted.get("kept_as") else []
         rows += [["most candidates a row", noted["most_candidates"]]] if noted.get("most_candidates") else []
-        keys = noted.get("training") if isinstance(noted.get("training"), dict) else {}
-        rows += [[f"`{name}` in LLaMA-Factory", _value(value)] for name, value in keys.items()]
+        keys = (noted.get("training") or {}).items()
+        rows += [[f"`{name}` in LLaMA-Factory", _value(value)] for name, value in keys]
     elif step == lineage.PROVEN:
         rows += [["run by", noted.get("engines")], ["seconds a query", noted.get("timeout")]]
         rows += [["seconds a gold", noted.get("gold_timeout")]]
@@ -178,12 +198,13 @@ def _outcome(of: Described) -> str:
         pairs = noted["step"] == lineage.PAIRED
         whole = noted.get("candidates") or 0
         kept = noted.get("pairs" if pairs else "kept") or 0
-        causes = noted.get("dropped") if isinstance(noted.get("dropped"), dict) else {}
+        causes = noted.get("dropped") or {}
         rows = [["kept as pairs" if pairs else "kept chains of thought", f"{kept:,}", _share(kept, whole)]]
         rows += [[f"dropped: {_words(name)}", f"{count:,}", _share(count, whole)] for name, count in causes.items()]
         what = "candidates" if pairs else "samples of the teacher"
-        parts.append(_table([f"{whole:,} {what} of {noted.get('rows', 0):,} rows", "", ""], rows))
-        verdicts = noted.get("verdicts") if isinstance(noted.get("verdicts"), dict) else {}
+        where = f", split `{noted['split']}`" if noted.get("split") else ""
+        parts.append(_table([f"{whole:,} {what} of {noted.get('rows') or 0:,} rows{where}", "", ""], rows))
+        verdicts = noted.get("verdicts") or {}
         judged = sum(verdicts.values())
         if verdicts:
             rows = [[f"`{name}`", f"{count:,}", _share(count, judged)] for name, count in verdicts.items()]
@@ -221,9 +242,9 @@ def _use(of: Described) -> str:
     trainer = "DPO" if of.pairs else "SFT"
     split = of.splits[0].name
     keys = next((each.get("training") for each in reversed(of.noted) if each["step"] == lineage.SAMPLED), None)
-    known = keys if isinstance(keys, dict) else {"template": "..."}
+    known = keys or {"template": "..."}
     template = "\n".join(f"{name}: {_value(value)}" for name, value in known.items())
-    about = "the prompts that were sampled from" if isinstance(keys, dict) else "fill in that of your model"
+    about = "the prompts that were sampled from" if keys else "fill in that of your model"
     ranking = "stage: dpo\npref_beta: 0.1\npref_loss: sigmoid" if of.pairs else "stage: sft"
     return f"""## How to use it
 

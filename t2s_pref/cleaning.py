@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 
 from t2s_pref import lineage
 from t2s_pref.columns import (
@@ -65,7 +65,7 @@ class Cleaning:
 
 
 def clean_preferences(
-    data: str | os.PathLike[str] | Dataset,
+    data: str | os.PathLike[str] | Dataset | DatasetDict,
     databases: DatabasesLike,
     output: str | os.PathLike[str],
     *,
@@ -97,7 +97,7 @@ def clean_preferences(
     """
     keep = check_verdicts(keep)
     path, name = check_destination(output, dataset_name)
-    if not isinstance(data, Dataset) and path.resolve() == Path(os.path.expanduser(data)).resolve():
+    if isinstance(data, str | os.PathLike) and path.resolve() == Path(os.path.expanduser(data)).resolve():
         raise UserError(f"The output {str(output)!r} is the data, which would be overwritten; name another file.")
     records, origin, noted = read_preferences(data, split)
     pairs = Dataset.from_list([read_judged(record, number, origin) for number, record in enumerate(records)], FEATURES)

@@ -8,7 +8,7 @@ Not judged: whether the reasoning is sound. It must end in SQL that is right, an
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
@@ -201,7 +201,7 @@ def _kept(
     result.info.description = dataset.info.description
     lineage.forget(result, lineage.TAUGHT, lineage.EXPLAINED)
     told = [line.replace(f"{lineage.SAMPLED}: ", f"{lineage.TAUGHT}: ") for line in lineage.told(sampled)]
-    by_teacher = {"step": lineage.TAUGHT, "settings": asdict(settings), "training": None}
+    by_teacher = {"step": lineage.TAUGHT, "kept_as": settings.answer_format, "training": None}
     noted = [{**each, **by_teacher} if each["step"] == lineage.SAMPLED else each for each in lineage.records(sampled)]
     lineage.add(result, [*lineage.lines_of(noted), *told])
     return result

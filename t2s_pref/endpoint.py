@@ -112,7 +112,7 @@ class EndpointEngine:
     @property
     def adapter_name(self) -> str:
         """The served name, where that is a LoRA's."""
-        return self._card["id"] if self._card.get("parent") else ""
+        return public_name(self._card["id"]) if self._card.get("parent") else ""
 
     def method(self) -> str:
         """A few words on what decodes there."""

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -86,7 +87,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 def public_name(name: str) -> str:
     """A name that a server gives a model, without the folders where it is one's path."""
-    return Path(name).name if looks_local(name) else name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if looks_local(name) else name
 
 
 def looks_local(name: str | os.PathLike[str]) -> bool:

@@ -7,12 +7,13 @@ huggingface_hub's to find, in the environment (HF_TOKEN) or where `hf auth login
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, DatasetInfo, SplitDict, SplitInfo
+from datasets import Dataset, DatasetDict, DatasetInfo, Features, SplitDict, SplitInfo, Value
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import (
@@ -20,7 +21,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     DatasetCard,
-    DatasetCardData,
     HfApi,
     hf_hub_download,
 )
@@ -28,9 +28,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from t2s_pref import __version__, lineage
-from t2s_pref.card import TAG, Described, Split, body, metadata
+from t2s_pref.card import TAG, Described, Split, body, listed, metadata
 from t2s_pref.columns import (
+    ADAPTER,
     ALTERNATIVES,
+    CHOSEN,
     CHOSEN_FROM,
     DB_ID,
     DIALECT,
@@ -39,24 +41,33 @@ from t2s_pref.columns import (
     INPUT,
     INSTRUCTION,
     OUTPUT,
+    REJECTED,
     REJECTED_INDEX,
     ROUNDS,
     SOURCE_INDEX,
+    STRINGS,
     SYSTEM,
     VERDICT,
     each_split,
 )
 from t2s_pref.errors import UserError, one_line
+from t2s_pref.files import public_name
 from t2s_pref.layouts import answer_columns, checked_rows, to_trl
 from t2s_pref.load import ALPACA
-from t2s_pref.patience import patiently
-from t2s_pref.registry import DATASET_INFO, entry_of, info_text
+from t2s_pref.patience import LostError, failure, patiently
+from t2s_pref.preferences import TYPES
+from t2s_pref.registry import DATASET_INFO, entry_of, info_text, parse_info
 from t2s_pref.splits import prompts_of, split_by_prompt
 
 DEFAULT = "default"
 FOLDERS = {DEFAULT: "data", ALPACA: ALPACA}  # as datasets' own push_to_hub has it
 README = "README.md"
 SHARD_BYTES = 500 << 20
+
+_SPLIT = re.compile(r"\w+(\.\w+)*", re.ASCII)
+_OURS = re.compile(rf"({'|'.join(FOLDERS.values())})/{_SPLIT.pattern}-\d{{5}}-of-\d{{5}}\.parquet")
+# What a repository may hold that no data were pushed to.
+_NO_DATA = re.compile(rf"README\.md|\.git\w+|LICENSE(\..*)?|{re.escape(DATASET_INFO)}")
 
 # What goes to the Hub beside prompt and answers, where a dataset has it: known columns, none of which holds a path.
 CARRIED = (
@@ -103,16 +114,10 @@ def push_to_hub(
     """
     _check(repo_id, revision)
     splits = _splits(dataset, test_size)
-    answers = {split: answer_columns(part) for split, part in splits.items()}
-    if len(set(answers.values())) > 1:
-        raise UserError(f"The splits {list(splits)} hold pairs and supervised rows; push them to two repositories.")
-    described = _described(splits, repo_id, next(iter(answers.values())))
+    described = _described(splits, repo_id)
     api = HfApi(library_name="t2s_pref", library_version=__version__)
     with tempfile.TemporaryDirectory() as folder:
-        configs = {
-            ALPACA: {split: part.flatten_indices() for split, part in splits.items()},
-            DEFAULT: {split: to_trl(part, keep_in_memory=True) for split, part in splits.items()},
-        }
+        configs = {ALPACA: splits, DEFAULT: dict(to_trl(DatasetDict(splits), keep_in_memory=True))}
         files = {name: path for config in configs for name, path in _write(config, configs[config], Path(folder))}
         return patiently(
             lambda: _commit(api, described, configs, files, private, revision, create_pr, license, source_datasets),
@@ -138,48 +143,74 @@ def _check(repo_id: str, revision: str | None) -> None:
 
 
 def _splits(dataset: Dataset | DatasetDict, test_size: float) -> dict[str, Dataset]:
-    """The splits by name, with what is pushed of them, and no prompt in two."""
-    if isinstance(dataset, DatasetDict):
+    """The splits by name, with what is pushed of them in the same columns, and no prompt in two."""
+    whole = each_split(dataset, lambda part: part)
+    if isinstance(whole, DatasetDict):
         if test_size:
-            raise UserError(f"test_size splits a Dataset; this one has the splits {list(dataset)} already.")
-        if not dataset:
+            raise UserError(f"test_size splits a Dataset; this one has the splits {list(whole)} already.")
+        if not whole:
             raise UserError("The DatasetDict has no splits; nothing was pushed.")
-        splits = dict(each_split(dataset, lambda whole: whole))
+        splits = {str(split): part for split, part in whole.items()}
+        if wrong := [split for split in splits if not _SPLIT.fullmatch(split) or split == "all"]:
+            raise UserError(f"The split {wrong[0]!r} must be named in letters, digits and _, and not 'all'.")
+    elif test_size:
+        splits = dict(split_by_prompt(whole, test_size))
     else:
-        plain = each_split(dataset, lambda whole: whole)
-        splits = dict(split_by_prompt(plain, test_size)) if test_size else {str(plain.split or "train"): plain}
-    if any(not re.fullmatch(r"\w+(\.\w+)*", split) for split in splits):
-        splits = {"train": next(iter(splits.values()))} if len(splits) == 1 else splits  # as load_dataset names a slice
+        name = str(whole.split or "")  # of a slice, load_dataset makes a name that is none
+        splits = {name if _SPLIT.fullmatch(name) and name != "all" else "train": whole}
+    answers = {answer_columns(part) for part in splits.values()}
+    if len(answers) > 1:
+        raise UserError(f"The splits {list(splits)} hold pairs and supervised rows; push them to two repositories.")
     in_split: dict[str, str] = {}
     for split, part in splits.items():
-        answers = answer_columns(part)
         if not len(part):
             raise UserError(f"The split {split!r} has no rows; nothing was pushed.")
-        names = [name for name in CARRIED if name in part.column_names and name not in answers]
-        splits[split] = part.select_columns([INSTRUCTION, INPUT, *answers, *names])
-        for _ in checked_rows(splits[split], answers):
-            pass
         for row, prompt in enumerate(prompts_of(part)):
             if in_split.setdefault(prompt, split) != split:
                 raise UserError(
                     f"Row {row} of the split {split!r} has a prompt that is in {in_split[prompt]!r} too, and what is "
                     "trained on would be tested on; split_by_prompt (test_size) splits pairs by their prompts."
                 )
-    return splits
+    return _aligned(splits, answers.pop())
 
 
-def _described(splits: dict[str, Dataset], repo_id: str, answers: tuple[str, ...]) -> Described:
-    counts, noted, shortest = [], {}, None
+def _aligned(splits: dict[str, Dataset], answers: tuple[str, ...]) -> dict[str, Dataset]:
+    """The splits with the columns that are pushed, the same ones of the same types in each."""
+    known = dict.fromkeys((INSTRUCTION, INPUT, *answers, *CARRIED))
+    names = [name for name in known if any(name in part.column_names for part in splits.values())]
+    features = Features({name: TYPES[name] for name in names})
+    aligned = {}
     for split, part in splits.items():
-        databases = len(set(part[DB_ID]) - {None, ""}) if DB_ID in part.column_names else 0
+        for name in names:
+            found = part.features.get(name, Value("null"))
+            # of anything else datasets would make text
+            if TYPES[name] in STRINGS and found not in (Value("null"), *STRINGS):
+                raise UserError(f"Column {name!r} of the split {split!r} is {found}; expected strings.")
+        columns = {name: part[name][:] if name in part.column_names else [None] * len(part) for name in names}
+        if ADAPTER in columns:  # a file of another tool may name it by its path
+            columns[ADAPTER] = [value and public_name(value) for value in columns[ADAPTER]]
+        try:
+            aligned[split] = Dataset.from_dict(columns, features=features)
+        except (TypeError, ValueError) as error:  # Arrow's are of these
+            raise UserError(f"A column of the split {split!r} is not as expected: {one_line(error)}") from error
+        lineage.add(aligned[split], part.info.description.splitlines())
+        for _ in checked_rows(aligned[split], answers):
+            pass
+    return aligned
+
+
+def _described(splits: dict[str, Dataset], repo_id: str) -> Described:
+    columns = next(iter(splits.values())).column_names
+    texts = [name for name in (INSTRUCTION, INPUT, CHOSEN, REJECTED, OUTPUT) if name in columns]
+    counts, noted, verdicts, examples = [], {}, Counter(), []
+    for split, part in splits.items():
+        databases = len(set(part[DB_ID]) - {None, ""}) if DB_ID in columns else 0
         counts.append(Split(split, len(part), len(set(prompts_of(part))), databases))
         noted.update((json.dumps(each), each) for each in lineage.records(part))
-        for row in part:
-            size = sum(len(row[name] or "") for name in (INSTRUCTION, INPUT, *answers))
-            if shortest is None or size < shortest[0]:
-                shortest = size, row
-    columns = next(iter(splits.values())).column_names
-    return Described(repo_id, repo_id.rpartition("/")[2], counts, columns, shortest[1], list(noted.values()))
+        verdicts.update(verdict or "" for verdict in (part[VERDICT] if VERDICT in columns else [""] * len(part)))
+        examples.append(min(part, key=lambda row: sum(len(row[name] or "") for name in texts)))
+    name = repo_id.rpartition("/")[2]
+    return Described(repo_id, name, counts, columns, verdicts, examples[0], list(noted.values()))
 
 
 def _write(config: str, splits: dict[str, Dataset], folder: Path) -> Iterator[tuple[str, Path]]:
@@ -216,29 +247,33 @@ def _commit(
     there = api.repo_info(**repo, revision=revision)
     names = {file.rfilename for file in there.siblings or ()}
 
-    def read(name: str) -> str:
+    def read(name: str) -> bytes:
         if name not in names:
-            return ""
-        return Path(hf_hub_download(**repo, filename=name, revision=there.sha)).read_text(encoding="utf-8")
+            return b""
+        return Path(hf_hub_download(**repo, filename=name, revision=there.sha)).read_bytes()
 
     card = _card(of, configs, files, read(README), names, license, sources)
     registry = _registry(of, read(DATASET_INFO))
-    ours = re.compile(rf"({'|'.join(FOLDERS.values())})/\w+(\.\w+)*-\d{{5}}-of-\d{{5}}\.parquet")
-    stale = sorted(name for name in names - set(files) if ours.fullmatch(name))
+    stale = sorted(name for name in names - set(files) if _OURS.fullmatch(name))
     operations = [
         *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
         *(CommitOperationAdd(name, text.encode()) for name, text in ((README, card), (DATASET_INFO, registry))),
         *(CommitOperationDelete(name) for name in stale),
     ]
     rows = sum(split.rows for split in of.splits)
-    return api.create_commit(
-        **repo,
-        operations=operations,
-        commit_message=f"{rows:,} {'preference pairs' if of.pairs else 'supervised rows'} by t2s_pref {__version__}",
-        revision=revision,
-        create_pr=create_pr,
-        parent_commit=there.sha,
-    )
+    title = f"{rows:,} {'preference pairs' if of.pairs else 'supervised rows'} by t2s_pref {__version__}"
+    where = {"revision": revision, "create_pr": create_pr, "parent_commit": there.sha}
+    try:
+        return api.create_commit(**repo, operations=operations, commit_message=title, **where)
+    except Exception as error:
+        status, _ = failure(error)
+        if create_pr and status is not None and (status == 0 or status >= 500):
+            # a commit that was made is not made again; a request would be
+            raise LostError(
+                f"pushing to {of.repo_id}: the answer to the pull request is lost ({one_line(error)}); see whether it "
+                "is among the discussions there before you push again."
+            ) from error
+        raise
 
 
 def _make(api: HfApi, repo_id: str, private: bool | None) -> None:
@@ -258,43 +293,47 @@ def _card(
     of: Described,
     configs: dict[str, dict[str, Dataset]],
     files: dict[str, Path],
-    before: str,
+    before: bytes,
     names: set[str],
     license: str | None,
     sources: Iterable[str],
 ) -> str:
     try:
-        card = DatasetCard(before)
-    except Exception as error:  # YAML's own errors, and this library's
-        raise UserError(f"The card of {of.repo_id} has a head that is no YAML ({one_line(error)}); mend it.") from error
-    data: DatasetCardData = card.data
-    given = data.to_dict()
-    others = [each.get("config_name") for each in given.get("configs") or () if isinstance(each, dict)]
-    ours = TAG in (given.get("tags") or ())
-    foreign = {DEFAULT, ALPACA} & set(others) or (not others and _data_files(names))
-    if foreign and not ours:
-        shown = ", ".join(sorted(map(str, foreign))[:3])
-        raise UserError(
-            f"{of.repo_id} holds a dataset that t2s_pref did not push ({shown}), which would be replaced; give another "
-            "name."
-        )
+        card = DatasetCard(before.decode("utf-8-sig"))
+        given = card.data.to_dict()
+        theirs = MetadataConfigs.from_dataset_card_data(card.data)
+    except Exception as error:  # YAML's own errors, and those of these libraries
+        raise UserError(f"The card of {of.repo_id} cannot be read ({one_line(error)}); mend its head.") from error
+    _check_theirs(of.repo_id, given, theirs, names)
     for name, value in metadata(of, given, license, sources).items():
-        setattr(data, name, value)
+        setattr(card.data, name, value)
     MetadataConfigs(
         {
             config: {"data_files": [{"split": split, "path": f"{FOLDERS[config]}/{split}-*"} for split in splits]}
-            for config, splits in sorted(configs.items(), key=lambda item: item[0] != DEFAULT)
+            for config, splits in configs.items()
         }
-    ).to_dataset_card_data(data)
+    ).to_dataset_card_data(card.data)
     DatasetInfosDict(
         {config: _info(splits, FOLDERS[config], files) for config, splits in configs.items()}
-    ).to_dataset_card_data(data)
-    return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body(of, card.text.lstrip()).lstrip()}"
+    ).to_dataset_card_data(card.data)
+    return f"---\n{card.data.to_yaml(line_break=chr(10))}\n---\n\n{body(of, card.text.lstrip()).lstrip()}"
 
 
-def _data_files(names: set[str]) -> set[str]:
-    kinds = (".parquet", ".json", ".jsonl", ".csv", ".arrow", ".txt", ".zip", ".gz", ".zst", ".tar")
-    return {name for name in names if name.endswith(kinds)}
+def _check_theirs(repo_id: str, given: dict[str, Any], configs: dict[str, dict[str, Any]], names: set[str]) -> None:
+    """Refuse to push where something would be lost: data that we did not push, or a configuration on our files."""
+    if TAG not in listed(given.get("tags")):
+        theirs = [*configs, *sorted(name for name in names if not _NO_DATA.fullmatch(name))]
+        if theirs:
+            raise UserError(
+                f"{repo_id} holds a dataset that t2s_pref did not push ({', '.join(theirs[:3])}), which would be "
+                "replaced; give another name."
+            )
+    for config in set(configs) - set(FOLDERS):
+        if configs[config].get("default"):
+            raise UserError(f"The configuration {config!r} of {repo_id} is marked as the default one; ours is that.")
+        patterns = re.findall(r"'([^']+)'", str(configs[config].get("data_files")))
+        if any(fnmatch(name, pattern) for name in names if _OURS.fullmatch(name) for pattern in patterns):
+            raise UserError(f"The configuration {config!r} of {repo_id} is on files that a push replaces; move them.")
 
 
 def _info(splits: dict[str, Dataset], folder: str, files: dict[str, Path]) -> DatasetInfo:
@@ -307,16 +346,13 @@ def _info(splits: dict[str, Dataset], folder: str, files: dict[str, Path]) -> Da
     return DatasetInfo(features=features, splits=found, download_size=download, dataset_size=sum(sizes.values()))
 
 
-def _registry(of: Described, before: str) -> str:
-    """`dataset_info.json` with an entry for each split: the first under the repository's name."""
-    info: Any = {}
-    with suppress(ValueError, RecursionError):
-        info = json.loads(before) if before else {}
-    if not isinstance(info, dict):
-        info = {}
+def _registry(of: Described, before: bytes) -> str:
+    """`dataset_info.json` with an entry for each split, the first under the repository's name, and none for another."""
+    info = parse_info(before, f"{DATASET_INFO} of {of.repo_id}") if before else {}
+    whose = {"hf_hub_url": of.repo_id, "subset": ALPACA}
+    info = {name: each for name, each in info.items() if not (isinstance(each, dict) and whose.items() <= each.items())}
     noted = {lineage.KEY: of.noted} if of.noted else {}
     for number, split in enumerate(of.splits):
-        where = {"hf_hub_url": of.repo_id, "subset": ALPACA, "split": split.name}
         name = of.name if number == 0 else f"{of.name}_{split.name}"
-        info[name] = {**where, **entry_of(of.columns), **noted}
+        info[name] = {**whose, "split": split.name, **entry_of(of.columns), **noted}
     return info_text(info)

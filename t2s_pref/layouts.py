@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from t2s_pref import lineage
+from t2s_pref.cache import without_rows
 from t2s_pref.columns import (
     CHOSEN,
     HISTORY,
@@ -57,15 +58,19 @@ def to_trl(dataset: Dataset | DatasetDict, **map_kwargs: Any) -> Dataset | Datas
     [{'role': 'assistant', 'content': 'SELECT count(*) FROM song'}]
     """
 
+    parts = dataset.values() if isinstance(dataset, DatasetDict) else [dataset] if isinstance(dataset, Dataset) else []
+    thinking = lineage.thinking_mode(each for part in parts for each in lineage.records(part))
+
     def convert(part: Dataset) -> Dataset:
         answers = answer_columns(part)
-        thinking = _thinking(part)
         read = {*PROMPT_COLUMNS, *answers}
         names = (PROMPT, *(answers if CHOSEN in answers else (COMPLETION,)))
         features = {name: feature for name, feature in part.features.items() if name not in (*read, *names)}
         features |= dict.fromkeys(names, List(MESSAGE))
         if thinking is not None:
             features[TEMPLATE_KWARGS] = {"enable_thinking": Value("bool")}
+        if not len(part):
+            return without_rows(part, Features(features))
         return part.map(
             _conversations,
             batched=True,
@@ -77,12 +82,6 @@ def to_trl(dataset: Dataset | DatasetDict, **map_kwargs: Any) -> Dataset | Datas
         )
 
     return each_split(dataset, convert)
-
-
-def _thinking(dataset: Dataset) -> bool | None:
-    """Whether the thinking mode was on where the answers were sampled; `None` where that is not noted."""
-    modes = {each.get("enable_thinking") for each in lineage.settings_of(lineage.records(dataset))}
-    return modes.pop() if len(modes) == 1 else None
 
 
 def _conversations(

@@ -20,6 +20,7 @@ _START = f'{{"{KEY}": '
 LOADED = "load_sft"
 TAUGHT, EXPLAINED = "generate_cot", "explode_cot"
 SAMPLED, PROVEN, PAIRED = "generate_rejected", "verify_rejected", "explode_rejected"
+SAVED = "save_llamafactory"
 
 
 def note(dataset: Dataset, told: str = "", **record: Any) -> None:
@@ -64,10 +65,14 @@ def noted_lines(dataset: Dataset) -> list[str]:
     return lines_of(records(dataset))
 
 
-def settings_of(noted: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sampling settings of each run that wrote answers."""
-    settings = [each.get("settings") for each in noted if each["step"] in (TAUGHT, SAMPLED)]
-    return [each for each in settings if isinstance(each, dict)]
+def thinking_mode(noted: Iterable[dict[str, Any]]) -> bool | None:
+    """Whether the thinking mode was on where the policy was sampled, or where only a teacher was, whether what was kept
+    needs it; `None` where that is not noted, or differs.
+    """
+    noted = list(noted)
+    modes = {bool((each.get("settings") or {}).get("enable_thinking")) for each in noted if each["step"] == SAMPLED}
+    modes = modes or {each.get("kept_as") == "think" for each in noted if each["step"] == TAUGHT}
+    return modes.pop() if len(modes) == 1 else None
 
 
 def lines_of(noted: Any) -> list[str]:
@@ -90,4 +95,27 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _is_record(record: Any) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("step"), str)
+    """Whether it may be relied on: a file's entry and a description are anybody's to write."""
+    if not (isinstance(record, dict) and isinstance(record.get("step"), str)):
+        return False
+    return all(record.get(name) is None or _is(record[name], kind) for name, kind in KINDS.items())
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_is(each, kind[str]) for each in value.values())
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+# What a record holds where it holds it: a type, or of a mapping that of its values.
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("source", "revision", "engines", "dtype", "kept_as", "split"), str),
+    **dict.fromkeys(("rows", "candidates", "pairs", "kept", "most_candidates", "bytes"), int),
+    "model": {str: str},
+    "adapter": {str: str},
+    "dropped": {str: int},
+    "verdicts": {str: int},
+    "settings": {str: object},
+    "training": {str: object},
+    "keep": list,
+}

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,16 @@ from datasets import (
     List,
     NamedSplit,
     Value,
-    get_dataset_config_names,
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import hf_hub_download
 
 from t2s_pref import lineage
 from t2s_pref.columns import (
     ALTERNATIVES,
     CHOSEN,
+    CHOSEN_FROM,
     DB_ID,
     DIALECT,
     HISTORY,
@@ -51,6 +53,7 @@ from t2s_pref.columns import (
 )
 from t2s_pref.errors import UserError
 from t2s_pref.files import looks_local
+from t2s_pref.formats import FORMATS, format_of
 from t2s_pref.prompts import PROMPT_COLUMNS, messages
 from t2s_pref.records import KINDS, Origin, lone_surrogate, read_records
 from t2s_pref.registry import noted_of
@@ -157,8 +160,7 @@ def _local_file(source: str | os.PathLike[str]) -> Path | None:
 def from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset | DatasetDict:
     """A dataset of the Hub; of one that this package pushed, the configuration in alpaca's columns."""
     try:
-        names = get_dataset_config_names(repo_id, revision=revision)
-        whole = load_dataset(repo_id, ALPACA if ALPACA in names else None, split=split, revision=revision)
+        whole = load_dataset(repo_id, _config(repo_id, revision), split=split, revision=revision)
     except Exception as error:
         # Three libraries with no exception in common lie below, from the network's to a bare StopIteration for an empty
         # file. `DatasetGenerationError` itself says nothing: what went wrong is its cause.
@@ -175,18 +177,34 @@ def from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset |
     return each_split(whole, noted)
 
 
+def _config(repo_id: str, revision: str | None) -> str | None:
+    """`alpaca`, where `push_to_hub` made that configuration; `None`, the default one, where it did not."""
+    with suppress(Exception):  # what is wrong with the repository shows when it is loaded
+        card = Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision))
+        head = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        return ALPACA if f"\n- {lineage.KEY}\n" in head and f"config_name: {ALPACA}\n" in head else None
+    return None
+
+
 def _without_pairs(dataset: Dataset) -> Dataset:
-    """The supervised rows under preference pairs, each prompt once; any other dataset as it is."""
+    """The supervised rows under preference pairs, each once; any other dataset as it is.
+
+    The gold is `output`, or where there is none `chosen`, without its reasoning and unless it is the model's own.
+    """
     if not all(dataset.features.get(side) in STRINGS for side in (CHOSEN, REJECTED)):
         return dataset
-    names = [name for name in PROMPT_COLUMNS if name in dataset.column_names]
-    first: dict[str, int] = {}
-    for place, row in enumerate(dataset.select_columns(names)):
-        first.setdefault(json.dumps(messages(row)), place)
-    rows = dataset.select(first.values())
-    if OUTPUT not in rows.column_names:
-        rows = rows.rename_column(CHOSEN, OUTPUT)
-    return rows.remove_columns([name for name in rows.column_names if name in (*PAIR, *NOTED, *ROUNDS)])
+    used = (*PROMPT_COLUMNS, DB_ID, OUTPUT, CHOSEN, CHOSEN_FROM)
+    golds: dict[str, tuple[int, str]] = {}
+    for place, row in enumerate(dataset.select_columns([name for name in used if name in dataset.column_names])):
+        gold = row.get(OUTPUT) or ""
+        if not gold and row.get(CHOSEN_FROM) != "own":
+            parts = FORMATS[format_of(row[CHOSEN] or "")].read(row[CHOSEN] or "")
+            gold = parts.sql if parts else row[CHOSEN]
+        if gold:
+            golds.setdefault(json.dumps([messages(row), row.get(DB_ID), row.get(OUTPUT)]), (place, gold))
+    rows = dataset.select([place for place, _ in golds.values()])
+    names = [name for name in rows.column_names if name in (*PAIR, *NOTED, *ROUNDS, OUTPUT)]
+    return rows.remove_columns(names).add_column(OUTPUT, [gold for _, gold in golds.values()])
 
 
 # From records to columns

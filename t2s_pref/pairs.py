@@ -152,6 +152,7 @@ def explode_rejected(
             map_kwargs=dict(map_kwargs),
         )
         options = {"dedup": dedup, "chosen": chosen, "select": select, "max_per_row": max_per_row}
+        options |= {"split": str(part.split)} if part.split else {}
         options |= {"keep": list(check_verdicts(keep))} if keep is not None else {}
         lineage.note(pairs, step=lineage.PAIRED, **_counts(marked), **options)
         return pairs

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
@@ -24,11 +25,17 @@ TRIES = 8
 
 # The statuses that another try may not meet, beside those from 500 up; what makes 412 pass is that all is read anew.
 PASSING = {408, 409, 412, 425, 429}
+# How the errors of hf_xet, which are Python's own, tell the status.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3}) ")
 REFUSED = {
     401: "set HF_TOKEN to a token that may write, or `hf auth login`",
-    403: "the token may not write there: take one that may, or create_pr (--create-pr)",
+    403: "the token may not write there; take one that may, or open a pull request (create_pr, --create-pr)",
     404: "see to the name, and that the token may read and write there",
 }
+
+
+class LostError(ConnectionError):
+    """Whether it was done is not known, and another try might do it twice."""
 
 
 def pause(number: int) -> float:
@@ -62,10 +69,10 @@ def patiently(ask: Callable[[], Value], what: str, otherwise: str) -> Value:
     for number in range(TRIES):
         try:
             return ask()
-        except UserError:
+        except (UserError, LostError):
             raise
         except Exception as error:
-            status, after = _failure(error)
+            status, after = failure(error)
             if type(error).__name__ == "OfflineModeIsEnabled":
                 raise UserError(f"HF_HUB_OFFLINE is set, and {what} needs the Hub; unset it.") from error
             if status is None:
@@ -83,7 +90,7 @@ def patiently(ask: Callable[[], Value], what: str, otherwise: str) -> Value:
     raise AssertionError  # the last try returns or raises
 
 
-def _failure(error: BaseException | None) -> tuple[int | None, float]:
+def failure(error: BaseException | None) -> tuple[int | None, float]:
     """The status that an error of the Hub's client holds, 0 for a broken connection, `None` for another error; and the
     seconds that the Hub wants to be left alone.
 
@@ -93,6 +100,10 @@ def _failure(error: BaseException | None) -> tuple[int | None, float]:
         response = getattr(error, "response", None)
         if isinstance(error, HfHubHTTPError) and response is not None:
             return response.status_code, retry_after(response.headers.get("Retry-After"))
+        if isinstance(error, OSError) and (found := _XET_STATUS.search(str(error))):
+            return int(found[1]), 0.0
+        if isinstance(error, PermissionError) and type(error).__name__.startswith("Xet"):
+            return 401, 0.0
         transport = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
         if transport or isinstance(error, ConnectionError | TimeoutError | json.JSONDecodeError):
             return 0, 0.0

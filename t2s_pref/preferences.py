@@ -40,7 +40,8 @@ from t2s_pref.columns import (
     each_split,
     one_split,
 )
-from t2s_pref.load import check_history, find_source, from_hub
+from t2s_pref.errors import UserError
+from t2s_pref.load import ALPACA, check_history, find_source, from_hub
 from t2s_pref.records import Origin, lone_surrogate, read_records
 from t2s_pref.registry import DATASET_INFO, noted_of, read_info
 
@@ -51,6 +52,7 @@ A_PROMPT = "expected instruction and input, prompt, messages or conversations, o
 # What a message is called, and who speaks, in OpenAI's words and in ShareGPT's.
 TEXTS, ROLES = ("content", "value"), ("role", "from")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
+OTHERS = ("user", "system", "tool", "function", "observation")  # who does not answer
 
 TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED)
 NAMES = (SYSTEM, DB_ID, DIALECT, ADAPTER, POLICY_HASH, CHOSEN_FROM, VERDICT)
@@ -103,7 +105,10 @@ def _noted_on_hub(repo_id: str, revision: str | None) -> list[str]:
     """What `push_to_hub` noted of a dataset there; nothing of one that it did not push."""
     with suppress(Exception):  # it is told for people only: whatever is wrong with it, the pairs are there
         info = read_info(Path(hf_hub_download(repo_id, DATASET_INFO, repo_type="dataset", revision=revision)))
-        return list(dict.fromkeys(line for entry in info.values() for line in lineage.lines_of(entry.get(lineage.KEY))))
+        ours = [
+            entry for entry in info.values() if entry.get("hf_hub_url") == repo_id and entry.get("subset") == ALPACA
+        ]
+        return list(dict.fromkeys(line for entry in ours for line in lineage.lines_of(entry.get(lineage.KEY))))
     return []
 
 
@@ -121,7 +126,11 @@ def read_preferences(
     path = find_source(source, split, revision)
     if path is not None:
         return *read_records(path, EXPECTED), noted_of(path)
-    part = one_split(from_hub(source, split, revision) if isinstance(source, str) else source)
+    part = from_hub(source, split, revision) if isinstance(source, str) else source
+    if isinstance(part, DatasetDict) and len(part) != 1:
+        name = source if isinstance(source, str) else "The dataset"
+        raise UserError(f"{name} has the splits {list(part)}; choose one with split= (--split).")
+    part = one_split(next(iter(part.values())) if isinstance(part, DatasetDict) else part)
     return *records_of(part, source), lineage.noted_lines(part)
 
 
@@ -193,23 +202,29 @@ def _text(value: Any) -> str | None:
     if isinstance(value, list):  # a conversation; of several answers as strings, none is the one
         value = value[-1] if value and isinstance(value[-1], dict) else None
     if isinstance(value, dict):
-        value = next((value[name] for name in TEXTS if name in value), None)
+        value = next((value[name] for name in TEXTS if name in value), None) if _speaker(value) not in OTHERS else None
     return value if isinstance(value, str) else None
+
+
+def _speaker(turn: Mapping[str, Any]) -> Any:
+    role = next((turn[name] for name in ROLES if name in turn), None)
+    return SPEAKERS.get(role, role) if isinstance(role, str) else role
 
 
 def _prompt(record: Mapping[str, Any], number: int, origin: Origin) -> dict[str, Any]:
     """Instruction, input, system message and history."""
     sides = list(_sides(record).values())
     turns = next((record[name] for name in ("prompt", "messages", "conversations") if record.get(name)), None)
-    if isinstance(record.get(INSTRUCTION), str) or isinstance(record.get(INPUT), str):
+    before = sides[0][:-1] if all(isinstance(side, list) and side[:-1] == sides[0][:-1] for side in sides) else []
+    if isinstance(record.get(INSTRUCTION), str) or (isinstance(record.get(INPUT), str) and turns is None):
         row = {INSTRUCTION: record.get(INSTRUCTION) or "", INPUT: record.get(INPUT) or ""}
         row |= {SYSTEM: record.get(SYSTEM), HISTORY: record.get(HISTORY)}
         for name in (INSTRUCTION, INPUT, SYSTEM):
             if not isinstance(row[name], str | None):
                 raise origin.error(f"column {name!r} is {str(row[name])[:40]!r}; expected a string.", number)
         check_history([row[HISTORY]], lambda problem, _: origin.error(problem, number))
-    elif all(isinstance(side, list) and len(side) > 1 and side[:-1] == sides[0][:-1] for side in sides):
-        row = _from_messages(sides[0][:-1])
+    elif before and not (isinstance(turns, list) and len(turns) > len(before)):
+        row = _from_messages(before)
     elif isinstance(turns, str):
         row = {INSTRUCTION: turns, INPUT: ""}
     else:
@@ -226,11 +241,14 @@ def _from_messages(turns: Any) -> dict[str, Any] | None:
     """Messages as columns, `None` where they do not end in a user's turn after pairs of user's and assistant's."""
     if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
         return None
-    said = [(next((turn[name] for name in ROLES if name in turn), None), _text(turn)) for turn in turns]
-    said = [(SPEAKERS.get(role, role), text) for role, text in said]
+    said = [(_speaker(turn), next((turn[name] for name in TEXTS if name in turn), None)) for turn in turns]
     system = said.pop(0)[1] if said[0][0] == "system" else ""
     expected = ["user", "assistant"] * len(said)
-    if len(said) % 2 == 0 or [role for role, _ in said] != expected[: len(said)] or None in [text for _, text in said]:
+    if (
+        len(said) % 2 == 0
+        or [role for role, _ in said] != expected[: len(said)]
+        or any(not isinstance(text, str) for _, text in said)
+    ):
         return None
     texts = [text for _, text in said]
     history = [list(pair) for pair in zip(texts[:-1:2], texts[1::2], strict=True)]

@@ -73,14 +73,17 @@ def read_records(path: Path, expected: str) -> tuple[list[dict[str, Any]], Origi
 
 
 def write_records(file: IO[str], records: Iterable[dict[str, Any]], *, lines: bool) -> None:
-    """Write one object a line, or the very text of `json.dump(list(records), file, indent=2)` without the list."""
+    """Write one object a line, or the very text of `json.dump(list(records), file, indent=2)` without the list.
+
+    What JSON lacks, a date from a dataset on the Hub say, is written as text.
+    """
     separator = "[\n  "
     for record in records:
         if lines:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
         else:
             # A line feed inside a string is written \n, so every real one is indentation.
-            file.write(separator + json.dumps(record, ensure_ascii=False, indent=2).replace("\n", "\n  "))
+            file.write(separator + json.dumps(record, ensure_ascii=False, indent=2, default=str).replace("\n", "\n  "))
             separator = ",\n  "
     if not lines:
         file.write("\n]\n")

@@ -18,7 +18,7 @@ from filelock import FileLock
 from t2s_pref.columns import CHOSEN, HISTORY, INPUT, INSTRUCTION, OUTPUT, REJECTED, SYSTEM
 from t2s_pref.errors import UserError
 from t2s_pref.files import atomic_write
-from t2s_pref.lineage import KEY, lines_of
+from t2s_pref.lineage import KEY, SAVED, lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +58,21 @@ def read_info(path: Path) -> dict[str, Any]:
         [`UserError`]: where it cannot be read, or is no object of entries.
     """
     try:
-        info = json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_info(path.read_bytes(), str(path))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); left as it is; mend it or move it away.") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); left as it is; mend it or move it away.") from error
+
+
+def parse_info(content: bytes, name: str) -> dict[str, Any]:
+    """The entries in the content of a `dataset_info.json`, with the errors of `read_info`."""
+    try:
+        info = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: cannot be read as JSON ({error}); left as it is; mend it or move it away.") from error
     if not isinstance(info, dict):
-        raise UserError(f"{path}: is a {type(info).__name__}, expected an object of entries by name; left as it is.")
+        raise UserError(f"{name}: is a {type(info).__name__}, expected an object of entries by name; left as it is.")
     return info
 
 
@@ -90,14 +98,19 @@ def register(data: Path, name: str, entry: dict[str, Any], noted: list[dict[str,
         info = read_info(path)  # again: another process may have added its entry meanwhile
         if name in info:
             logger.info("%s: replaced the entry %r", path, name)
-        info[name] = {"file_name": data.name, **entry, **({KEY: noted} if noted else {})}
+        for other in info.values():  # what is noted under another name is of what the file held before
+            if isinstance(other, dict) and other.get("file_name") == data.name:
+                other.pop(KEY, None)
+        saved = {"step": SAVED, "bytes": data.stat().st_size}
+        info[name] = {"file_name": data.name, **entry, **({KEY: [*noted, saved]} if noted else {})}
         write_info(path, info)
 
 
 def noted_of(data: str | os.PathLike[str]) -> list[str]:
     """What is noted of a data file in the `dataset_info.json` beside it, as lines of a description.
 
-    It is told for people only, so an entry that is missing or broken says nothing and stops nobody.
+    It is told for people only, so an entry that is missing or broken says nothing and stops nobody; nor does one of a
+    file that was written anew by something else.
     """
     data = Path(data)
     try:
@@ -105,7 +118,15 @@ def noted_of(data: str | os.PathLike[str]) -> list[str]:
     except UserError:
         return []
     entries = [entry for entry in info.values() if isinstance(entry, dict) and entry.get("file_name") == data.name]
-    return [line for entry in entries for line in lines_of(entry.get(KEY))]
+    return [line for entry in entries for line in _lines(entry.get(KEY), data.stat().st_size)]
+
+
+def _lines(noted: Any, size: int) -> list[str]:
+    records = noted if isinstance(noted, list) else []
+    saved = [each for each in records if isinstance(each, dict) and each.get("step") == SAVED]
+    if any(each.get("bytes") != size for each in saved):
+        return []
+    return lines_of([each for each in records if each not in saved])
 
 
 @contextmanager

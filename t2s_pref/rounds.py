@@ -19,6 +19,7 @@ from t2s_pref.columns import (
     HISTORY,
     INPUT,
     INSTRUCTION,
+    OUTPUT,
     POLICY_HASH,
     REJECTED,
     ROUND,
@@ -35,7 +36,7 @@ from t2s_pref.prompts import messages
 from t2s_pref.sql import check_dialect, normalize_sql
 
 # What a pair carries from round to round; the first four are in every pair.
-TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED, SYSTEM, DB_ID, VERDICT, ADAPTER, POLICY_HASH, CHOSEN_FROM)
+TEXT = (INSTRUCTION, INPUT, CHOSEN, REJECTED, OUTPUT, SYSTEM, DB_ID, VERDICT, ADAPTER, POLICY_HASH, CHOSEN_FROM)
 CARRIED = {
     **{name: Value("string") for name in TEXT},
     HISTORY: List(List(Value("string"))),
@@ -51,7 +52,7 @@ def merge_pairs(*rounds: Dataset, dialect: str = "sqlite") -> Dataset:
 
     Args:
         rounds: preference pairs with `instruction`, `input`, `chosen` and `rejected` (`str`), as `explode_rejected` and
-            `load_pairs` make them. Of their other columns, `system`, `history`, `db_id`, `verdict`, `round`,
+            `load_pairs` make them. Of their other columns, `output`, `system`, `history`, `db_id`, `verdict`, `round`,
             `adapter`, `policy_hash` and `chosen_from` are kept.
         dialect: SQL dialect of the answers, by its sqlglot name.
 

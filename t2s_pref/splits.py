@@ -15,7 +15,7 @@ def split_by_prompt(dataset: Dataset, test_size: float, seed: int = 0) -> Datase
     """Splits `train` and `test`, such that no prompt is in both, however many pairs it has.
 
     A prompt goes where its hash says, whatever the other rows are: a dataset that grows keeps its test prompts out of
-    `train`. The share is met on average; each split gets a prompt at least.
+    `train`. The share is met on average; a split that would have no prompt gets one all the same.
 
     Args:
         dataset: columns read: `instruction`, `input`, and where present `system` and `history`.

@@ -207,5 +207,6 @@ def verify_with(
     )
     bounds = {"timeout": verifier.bounds.timeout, "gold_timeout": verifier.bounds.gold_timeout}
     engines = verifier.engines()
+    lineage.forget(result, lineage.PROVEN)
     lineage.note(result, f"{lineage.PROVEN}: {engines}", step=lineage.PROVEN, engines=engines, **bounds)
     return result

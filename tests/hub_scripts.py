@@ -34,11 +34,14 @@ def push(pairs, repo_id="user/pairs", **kwargs):
 TAIL = "\nprint('RESULTS', json.dumps(results))"
 
 
-def run(hub: LoopbackHub, home: Path, script: str, token: str | None = None, **given: Any) -> list[Any]:
+def run(
+    hub: LoopbackHub, home: Path, script: str, token: str | None = None, offline: bool = False, **given: Any
+) -> list[Any]:
     """Run a script that fills `results`; `given` is what it finds there by that name."""
+    environment = {**hub.environment(home, token), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-c", HEAD + script + TAIL, json.dumps(given, default=str)],
-        env={**hub.environment(home, token), "PYTHONPATH": str(REPOSITORY)},
+        env={**environment, "HF_HUB_OFFLINE": "1"} if offline else environment,
         text=True,
         capture_output=True,
         timeout=200,

@@ -128,9 +128,11 @@ row = {"instruction": "", "input": "One?", "chosen": "SELECT 1", "rejected": "SE
 push(Dataset.from_list([row]))
 """
     run(hub, tmp_path, script)
-    _, text = card(hub)
-    assert "it was not run, so **it may be right**" in text
+    head, text = card(hub)
+    assert "No `verdict` says that a `rejected` was run, so **it may be right**." in text
+    assert "Who wrote them is not noted." in text
     assert "proven wrong" not in text
+    assert "synthetic" not in head["tags"]
 
 
 def test_no_path_no_user_and_no_token_gets_into_what_is_pushed(hub, saved, tmp_path):
@@ -287,7 +289,7 @@ push(pairs, "user/public", revision="refs/heads/x")
     theirs, other, broken, bare, blank, more, number, public, revision = run(hub, tmp_path, script, TOKEN, pairs=saved)
     assert "user/theirs holds a dataset that t2s_pref did not push (train.jsonl)" in theirs
     assert "user/other holds a dataset that t2s_pref did not push (default)" in other
-    assert "has a head that is no YAML" in broken
+    assert "cannot be read" in broken
     for message in (bare, blank, more, number):
         assert "it must be owner/name" in message
     assert "user/public exists and is public" in public
@@ -328,6 +330,159 @@ for name in ("them/trl", "them/alpaca"):
         assert row == {**alpaca, "db_id": "library"}
         assert verdicts == ["wrong_result"]
         assert kept == 1
+
+
+def test_a_card_claims_what_the_verdicts_of_its_rows_say_and_no_more(hub, saved, tmp_path):
+    script = f"""{LOAD}
+other = Dataset.from_list([{{"instruction": "", "input": "One?", "chosen": "SELECT 1", "rejected": "SELECT 2"}}])
+push(merge_pairs(pairs, other), "user/merged")
+push(DatasetDict(train=pairs, test=other), "user/splits")
+right = pairs.map(lambda row, place: {{"verdict": "equivalent" if place == 0 else row["verdict"]}}, with_indices=True)
+push(right, "user/right")
+# another file under the name of an old one, by this package and by another tool
+save_llamafactory(pairs, given["file"], "old")
+save_llamafactory(other, given["file"], "new")
+push(load_pairs(given["file"]), "user/stale")
+save_llamafactory(pairs, given["file"])
+open(given["file"], "w").write(json.dumps(other.to_list()))
+push(load_pairs(given["file"]), "user/rewritten")
+# the pairs of another tool, verified here
+push(verify_rejected(other, given["databases"] + "/library/library.sqlite", cache_dir=given["cache"]), "user/verified")
+"""
+    file = tmp_path / "pairs.json"
+    pushed = run(hub, tmp_path, script, pairs=saved, file=file, databases=FILES.databases, cache=tmp_path / "c")
+    assert all(isinstance(each, list) for each in pushed), pushed
+    for repo_id in ("user/merged", "user/splits", "user/right"):
+        _, text = card(hub, repo_id)
+        assert "**proven wrong by execution**" not in text
+        assert "were proven wrong by execution, as `verdict` says; **the others may be right**." in text
+    for repo_id in ("user/stale", "user/rewritten"):
+        _, text = card(hub, repo_id)
+        assert "proven wrong" not in text
+        assert "generate_rejected" not in text
+    _, text = card(hub, "user/verified")
+    assert "Who wrote them is not noted. Each `rejected` was **proven wrong by execution**" in text
+
+
+def test_what_is_not_ours_is_never_lost(hub, saved, tmp_path):
+    parquet = io.BytesIO()
+    pq.write_table(Dataset.from_list([{"a": 1}]).data.table, parquet)
+    raw = {"config_name": "raw", "data_files": [{"split": "train", "path": "data/train-*"}]}
+    main = {"config_name": "main", "default": True, "data_files": "main/*.parquet"}
+    ours = f"tags: [{TAG}]\n"
+
+    def readme(*configs, head=""):
+        return f"---\n{head}{yaml.safe_dump({'configs': list(configs)})}---\n"
+
+    name = "data/train-00000-of-00001.parquet"
+    hub.add("dataset", "user/raw", {"README.md": readme(raw), name: parquet.getvalue()})
+    hub.add("dataset", "user/raw-too", {"README.md": readme(raw, head=ours), name: parquet.getvalue()})
+    hub.add("dataset", "user/main", {"README.md": readme(main, head=ours)})
+    hub.add("dataset", "user/pictures", {"a.tsv": "1\t2", "b.png": b"png"})
+    hub.add("dataset", "user/registry", {"dataset_info.json": '{"theirs": {"hf_hub_url": "a/b"}, }'})
+    hub.add("dataset", "user/marks", {"README.md": f"Mine.\n{BEGIN}\nOurs.\nMine too.\n"})
+    hub.add("dataset", "user/odd", {"README.md": "---\nconfigs: 3\n---\n"})
+    hub.add("dataset", "user/latin", {"README.md": "Caf\xe9".encode("latin-1")})
+    names = [repo_id for _, repo_id in hub.repositories]
+    before = {repo_id: hub.files("dataset", repo_id) for repo_id in names}
+    script = f"{LOAD}\nfor name in given['names']: push(pairs, name)"
+    refused = run(hub, tmp_path, script, pairs=saved, names=names)
+    for message in refused:
+        assert message.startswith("UserError: "), message
+        assert "\n" not in message
+    assert {repo_id: hub.files("dataset", repo_id) for repo_id in names} == before
+
+
+def test_what_can_be_kept_is_kept(hub, saved, tmp_path):
+    theirs = {"theirs": {"hf_hub_url": "a/b"}}
+    hub.add("dataset", "user/bom", {"README.md": "\ufeff---\nlicense: mit\ntags: sql\n---\nMine.\n"})
+    hub.add("dataset", "user/registry", {"dataset_info.json": "\ufeff" + json.dumps(theirs)})
+    script = f"""{LOAD}
+end = given["end"]
+push(pairs, "user/bom")
+push(pairs, "user/registry", test_size=0.4)
+push(pairs, "user/registry")
+marked = pairs.select([0]).map(lambda row: {{"input": end + given["begin"] + row["input"]}})
+for _ in range(3):
+    push(marked, "user/marked")
+"""
+    pushed = run(hub, tmp_path, script, pairs=saved, begin=BEGIN, end=END)
+    assert all(isinstance(each, list) for each in pushed), pushed
+    head, text = card(hub, "user/bom")
+    assert (head["license"], head["tags"][0]) == ("mit", "sql")
+    assert text.strip().startswith("Mine.")
+    # no entry is left of a split that is not there any more
+    assert set(json.loads(hub.files("dataset", "user/registry")["dataset_info.json"])) == {"theirs", "registry"}
+    _, text = card(hub, "user/marked")
+    assert text.count("## How to use it") == text.count(END) == 1
+
+
+def test_splits_that_differ_in_their_columns_load_all_the_same(hub, tmp_path):
+    script = """
+row = {"instruction": "", "input": "One?", "chosen": "SELECT 1", "rejected": "SELECT 2"}
+train = Dataset.from_list([{**row, "system": None}])
+test = Dataset.from_list([{**row, "input": "Two?", "system": "You write SQL.", "db_id": "a"}])
+lineage.note(test, step=lineage.SAMPLED, model={"name": "m"}, settings={"enable_thinking": False})
+push(DatasetDict(train=train, test=test))
+alpaca, default = load_dataset("user/pairs", "alpaca"), load_dataset("user/pairs")
+results += [alpaca["train"][0], alpaca["test"][0]["system"], default["train"].features == default["test"].features]
+for name in ("train-1", "../x", "", "all"):
+    push(DatasetDict({name: train}), "user/odd")
+push(Dataset.from_list([{**row, "db_id": ["a"]}]), "user/odd")
+"""
+    _, row, system, same, *refused = run(hub, tmp_path, script)
+    assert row["system"] is None
+    assert row["db_id"] is None
+    assert system == "You write SQL."
+    assert same
+    assert all(message.startswith("UserError: ") and "\n" not in message for message in refused)
+    assert ("dataset", "user/odd") not in hub.repositories
+
+
+@pytest.mark.parametrize("lost", ["fail", "drop"])
+def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, saved, tmp_path, lost):
+    run(hub, tmp_path, f"{LOAD}\npush(pairs)", pairs=saved)
+    getattr(hub, lost)(times=1, match="/commit/", late=True)
+    (failed,) = run(hub, tmp_path, f"{LOAD}\npush(pairs.select([0, 1]), create_pr=True)", pairs=saved)
+    assert failed.startswith("LostError: ")
+    assert "see whether it is among the discussions there" in failed
+    assert "refs/pr/2" not in hub.repositories["dataset", "user/pairs"].branches
+
+
+def test_verifying_a_dataset_of_one_split_needs_no_name_for_it(hub, saved, tmp_path):
+    script = f"""{LOAD}
+push(pairs)
+results.append(clean_preferences("user/pairs", given["databases"], given["clean"], cache_dir=given["cache"]).kept)
+push(pairs, "user/two", test_size=0.5)
+results.append(attempt(clean_preferences, "user/two", given["databases"], given["clean"]))
+"""
+    _, kept, _, refused = run(
+        hub, tmp_path, script, pairs=saved, databases=FILES.databases, clean=tmp_path / "c.json", cache=tmp_path / "c"
+    )
+    assert kept > 0
+    assert refused == "UserError: user/two has the splits ['train', 'test']; choose one with split= (--split)."
+
+
+def test_golds_come_back_as_sql_and_rows_of_other_databases_stay_apart(hub, tmp_path):
+    script = """
+row = {"instruction": "", "input": "How many?", "chosen": "One table.\\n\\n```sql\\nSELECT 1\\n```", "rejected": "b"}
+rows = [{**row, "db_id": "a"}, {**row, "db_id": "a", "rejected": "c"}, {**row, "db_id": "b"}]
+rows.append({**row, "input": "Whose?", "db_id": "a", "chosen": "SELECT 2", "chosen_from": "own"})
+push(Dataset.from_list([{"chosen_from": "gold", **each} for each in rows]))
+results.append(load_sft("user/pairs", split="train").to_list())
+"""
+    _, rows = run(hub, tmp_path, script)
+    assert [(row["db_id"], row["output"]) for row in rows] == [("a", "SELECT 1"), ("b", "SELECT 1")]
+
+
+def test_what_was_loaded_once_loads_offline(hub, saved, tmp_path):
+    script = f"""{LOAD}
+push(pairs)
+results += [len(load_sft("user/pairs", split="train")), len(load_dataset("user/pairs", split="train"))]
+"""
+    _, rows, _ = run(hub, tmp_path, script, pairs=saved)
+    script = 'results += [len(load_sft("user/pairs", split="train")), len(load_pairs("user/pairs", split="train"))]'
+    assert run(hub, tmp_path, script, offline=True) == [rows, len(Dataset.load_from_disk(saved))]
 
 
 def test_supervised_rows_are_pushed_too(hub, tmp_path):

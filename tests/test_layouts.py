@@ -71,6 +71,11 @@ def test_the_thinking_mode_that_was_sampled_with_goes_to_the_chat_template(tmp_p
     assert again[0]["chat_template_kwargs"] == {"enable_thinking": thinking}
 
 
+def test_a_dataset_without_rows_gets_the_columns_of_one_with_rows():
+    pairs = Dataset.from_list([PAIR])
+    assert to_trl(pairs.select([])).features == to_trl(pairs).features
+
+
 def test_where_modes_differ_or_none_is_noted_nothing_is_handed_on():
     pairs = Dataset.from_list([PAIR])
     assert "chat_template_kwargs" not in to_trl(pairs).column_names

@@ -24,6 +24,7 @@ from t2s_pref import (
 )
 from t2s_pref.chains import attach_cot
 from t2s_pref.cleaning import clean_preferences
+from t2s_pref.files import public_name
 
 FILES = demo_files()
 SETTINGS = SamplingSettings(num_rejects=2, max_new_tokens=64, seed=7)
@@ -128,6 +129,37 @@ def test_pairs_of_another_tool_that_were_cleaned_say_so(tmp_path, cache_dir):
     proven, paired = lineage.records(load_pairs(tmp_path / "new.json"))
     assert proven["step"] == "verify_rejected"
     assert (paired["candidates"], paired["pairs"], paired["dropped"]) == (2, 1, {"equivalent": 1})
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"step": "explode_rejected", "rows": "many"},
+        {"step": "explode_rejected", "verdicts": {"a": "b"}},
+        {"step": "explode_rejected", "dropped": [1]},
+        {"step": "generate_rejected", "model": "m"},
+        {"step": "generate_rejected", "settings": 3},
+        {"step": "generate_rejected", "rows": True},
+    ],
+)
+def test_a_note_that_cannot_be_relied_on_is_left_out(record):
+    whole = {"step": "generate_rejected", "model": {"name": "m"}, "adapter": None, "settings": {"stop": []}}
+    assert lineage.lines_of([record, whole]) == lineage.lines_of([whole])
+    assert len(lineage.lines_of([whole])) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B"),
+        ("/home/alice/models/m", "m"),
+        ("~/models/m/", "m"),
+        (r"C:\Users\alice\m", "m"),
+        ("models/alice/m", "m"),
+    ],
+)
+def test_a_path_is_named_without_its_folders(name, shown):
+    assert public_name(name) == shown
 
 
 @pytest.mark.parametrize(

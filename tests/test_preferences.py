@@ -65,6 +65,13 @@ def test_what_is_known_of_a_pair_is_kept_and_other_columns_are_not():
     assert row == {**PROMPT, **SIDES, **known, "alternatives": ["SELECT 1.0"]}
 
 
+def test_the_longer_prompt_is_the_whole_one():
+    answers = {side: [TURNS[-1], openai(sql)] for side, sql in SIDES.items()}
+    assert load_pairs(Dataset.from_list([{"prompt": TURNS, **answers}]))[0] == {**PROMPT, **SIDES}
+    noted = {**LAYOUTS["TRL conversational"], "input": "a note"}
+    assert load_pairs(Dataset.from_list([noted]))[0] == {**PROMPT, **SIDES}
+
+
 def test_each_split_is_loaded():
     part = Dataset.from_list([{**PROMPT, **SIDES}])
     assert set(load_pairs(DatasetDict({"train": part, "test": part}))) == {"train", "test"}
@@ -84,6 +91,7 @@ def test_each_split_is_loaded():
         ({**SIDES, **PROMPT, "distance": "near"}, "column 'distance' is 'near'; expected float or null"),
         ({**SIDES, **PROMPT, "round": 0}, "rounds are counted from 1"),
         ({**PROMPT, "chosen": "a"}, "column 'rejected' is missing"),
+        ({**PROMPT, **SIDES, "chosen": [openai("a"), TURNS[1]]}, "column 'chosen' is"),
     ],
 )
 def test_a_record_that_is_no_pair_is_named(tmp_path, record, message):
