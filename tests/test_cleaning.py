@@ -3,9 +3,10 @@
 import json
 import sqlite3
 from contextlib import closing
+from datetime import datetime
 
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 
 from t2s_pref import UserError
 from t2s_pref.cleaning import clean_preferences
@@ -206,6 +207,13 @@ def test_a_record_that_cannot_be_judged_is_named(clean, tmp_path, record, messag
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "clean.json").exists()
+
+
+def test_a_dataset_in_memory_is_cleaned_whatever_its_other_columns_hold(databases, tmp_path, cache_dir):
+    pairs = Dataset.from_list([{**alpaca("SELECT 1"), "db_id": "music", "created": datetime(2024, 1, 2)}])
+    for data in (pairs, DatasetDict(train=pairs)):
+        assert clean_preferences(data, databases, tmp_path / "clean.json", cache_dir=cache_dir).kept == 1
+    assert json.loads((tmp_path / "clean.json").read_text())[0]["created"] == "2024-01-02 00:00:00"
 
 
 def test_one_verdict_to_keep_may_be_given_as_a_string(clean):

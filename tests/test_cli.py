@@ -133,6 +133,21 @@ def test_a_cached_run_prints_the_same_and_writes_the_same(sft, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
+def test_the_file_is_messages_where_that_is_asked_for_and_the_next_command_is_said(sft, tmp_path, capsys):
+    assert (
+        main(
+            reject(sft, tmp_path / "my dpo.json", "--max-samples", 2, "--formatting", "sharegpt", "--dataset-name", "m")
+        )
+        == 0
+    )
+    record = json.loads((tmp_path / "my dpo.json").read_text(encoding="utf-8"))[0]
+    assert record["rejected"]["role"] == "assistant"
+    assert record["messages"][-1]["role"] == "user"
+    said = capsys.readouterr().out.splitlines()[-1]
+    where = f"--dataset-dir {tmp_path} --dataset m"
+    assert said == f"train on it: t2s-pref train-config {where} --base-model ... --output train.yaml"
+
+
 def test_jsonl_is_written_where_the_name_says_so(sft, tmp_path):
     assert main(reject(sft, tmp_path / "dpo.jsonl", "--max-samples", 2, "--dataset-name", "mine")) == 0
     lines = (tmp_path / "dpo.jsonl").read_text(encoding="utf-8").splitlines()
