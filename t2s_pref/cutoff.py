@@ -1,21 +1,22 @@
 """How long rows are for LLaMA-Factory, under which template and thinking mode: what `cutoff_len` has to be.
 
-A row whose tokens, prompt and the longer answer together, are at most `cutoff_len` is not cut. Of a longer one its
-prompt loses its end, or both do (`infer_seqlen` in LLaMA-Factory 0.9.5), without a word.
+A row whose tokens, prompt and the longer answer together, are at most `cutoff_len` is not cut. A longer one loses the
+end of its prompt, of its answers, or of both (`tokens_kept`), without a word.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from t2s_pref.columns import HISTORY
 from t2s_pref.entries import Entry, Trained, noted
 from t2s_pref.errors import UserError, one_line
-from t2s_pref.lineage import SAMPLED, TAUGHT
+from t2s_pref.lineage import SAMPLED
 from t2s_pref.prompts import messages
-from t2s_pref.templates import TEMPLATES, answer_ids, prompt_ids, training_keys
+from t2s_pref.templates import TEMPLATES, answer_ids, prompt_ids, ready, training_keys
 from t2s_pref.tokens import THINK_TAGS, count_tokens, encode_chats
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ROUND_TO = 64  # tokens that a measured cutoff_len is rounded up to
+ROOM = 64  # tokens that a row may have more under a template that is not known here
 TURN_END = 8  # tokens that an unknown template may put after an answer
 
 
@@ -37,7 +39,8 @@ class Length(NamedTuple):
 def thinking_mode(entries: Sequence[Entry], rows: Sequence[tuple[str, Trained]]) -> bool:
     """Whether the answers think: all of them do, or none.
 
-    SQL that was sampled in thinking mode is trained on in it, because the prompt differs.
+    SQL that was sampled in thinking mode is trained on in it, because the prompt differs. That a teacher thought says
+    nothing: where its thoughts were kept, they stand in the answers.
 
     Raises:
         [`UserError`]: some do and others do not, which LLaMA-Factory trains as "thoughts against none"; or the data
@@ -58,7 +61,7 @@ def thinking_mode(entries: Sequence[Entry], rows: Sequence[tuple[str, Trained]])
         )
     if True in places:
         return True
-    settings = [record.get("settings") for record in noted(entries, SAMPLED, TAUGHT)]
+    settings = [record.get("settings") for record in noted(entries, SAMPLED)]
     modes = {bool(each.get("enable_thinking")) for each in settings if isinstance(each, dict)}
     if len(modes) > 1:
         raise UserError("Some of these data were sampled with thinking on, others with it off; give those of one mode.")
@@ -76,17 +79,20 @@ def template_keys(
     prompts = [trained.row for trained in rows]
     if template is None:
         keys = training_keys(tokenizer, prompts, enable_thinking)
+    elif not template.strip():
+        raise UserError(f"template is {template!r}; give the name of one, or leave it out to have one found.")
     elif template not in TEMPLATES:
         logger.warning(
-            "template %r is none of %s: whether its prompt is the one that is sampled with is not checked, and lengths "
-            "are those of the model's own chat template",
+            "template %r is none of %s: LLaMA-Factory stops if it has none of this name; whether its prompt is the one "
+            "that is sampled with is not checked, and lengths are those of the model's own chat template",
             *(template, ", ".join(TEMPLATES)),
         )
         keys = {"template": template, "enable_thinking": enable_thinking}
     else:
         keys = {"template": template, **({"enable_thinking": enable_thinking} if TEMPLATES[template].thinks else {})}
         sampled = encode_chats(tokenizer, tokenizer.name_or_path, [messages(row) for row in prompts], enable_thinking)
-        trained = (prompt_ids(template, tokenizer, row, enable_thinking) for row in prompts)
+        prepared = ready(template, tokenizer)
+        trained = (prompt_ids(template, prepared, row, enable_thinking) for row in prompts)
         if other := sum(one != two for one, two in zip(sampled, trained, strict=True)):
             logger.warning(
                 "template %r gives %d of %d rows another prompt than the model's own chat template, which is sampled "
@@ -99,7 +105,7 @@ def template_keys(
             "and the SQL; answers in the format think keep them"
         )
     # Else stage sft puts an empty think block before each answer of the history.
-    thinks = template not in TEMPLATES or TEMPLATES[keys["template"]].thinks
+    thinks = keys["template"] not in TEMPLATES or TEMPLATES[keys["template"]].thinks
     if stage == "sft" and thinks and any(row.get(HISTORY) for row in prompts):
         keys["mask_history"] = True
     return keys
@@ -111,6 +117,7 @@ def row_lengths(
     """The tokens of each row, as LLaMA-Factory counts them."""
     template = keys["template"]
     if template in TEMPLATES:
+        tokenizer = ready(template, tokenizer)
         return [
             Length(
                 len(prompt_ids(template, tokenizer, trained.row, enable_thinking, trained.answers[0])),
@@ -124,8 +131,28 @@ def row_lengths(
     return [Length(len(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
+def tokens_kept(prompt: int, answer: int, cutoff: int) -> Length:
+    """What LLaMA-Factory 0.9.5 leaves of a prompt and an answer, each cut at its end: its `infer_seqlen`.
+
+    >>> tokens_kept(130, 40, 150), tokens_kept(16, 604, 200), tokens_kept(100, 100, 150)
+    (Length(prompt=110, answer=40), Length(prompt=16, answer=184), Length(prompt=75, answer=75))
+    """
+    if 2 * answer < cutoff:
+        most = cutoff
+    elif 2 * prompt < cutoff:
+        most = cutoff - prompt
+    else:
+        most = int(cutoff * (answer / (prompt + answer)))
+    answer = min(most, answer)
+    return Length(min(cutoff - answer, prompt), answer)
+
+
 def cutoff_len(
-    given: int | None, rows: Sequence[tuple[str, Trained]], lengths: Sequence[Length], most: int | None
+    given: int | None,
+    rows: Sequence[tuple[str, Trained]],
+    lengths: Sequence[Length],
+    most: int | None,
+    template: str,
 ) -> int:
     """The `cutoff_len` of these rows, or the one that is given; warns where a row is cut.
 
@@ -134,13 +161,15 @@ def cutoff_len(
         rows: the name of the dataset and the row, for the warning.
         lengths: of the rows.
         most: tokens that the model has positions for, `None` where it does not say.
+        template: 64 tokens more than the longest row has, before rounding, where it is none of `TEMPLATES`.
 
     Raises:
         [`UserError`]: not even the shortest prompt and a token fit into what is given.
     """
     totals = [sum(length) for length in lengths]
     longest = max(totals)
-    cutoff = given or min(-(-longest // ROUND_TO) * ROUND_TO, most or longest + ROUND_TO)
+    needed = longest if template in TEMPLATES else longest + ROOM
+    cutoff = given or min(-(-needed // ROUND_TO) * ROUND_TO, most or math.inf)
     shortest = min(length.prompt for length in lengths)
     if cutoff <= shortest:
         raise UserError(
@@ -152,13 +181,29 @@ def cutoff_len(
         number = cut[0] - next(place for place, (other, _) in enumerate(rows) if other == name)
         limit = "cutoff_len" if given else "the model's positions,"
         logger.warning(
-            "%d of %d rows are longer than %s %d and will be cut, prompts at their end: the longest has %d tokens, the "
-            "first is row %d of %r",
-            *(len(cut), len(rows), limit, cutoff, longest, number, name),
+            "%d of %d rows are longer than %s %d and will be cut (%s): the longest has %d tokens, the first is row %d "
+            "of %r",
+            *(len(cut), len(rows), limit, cutoff, _lost([(rows[at][1], lengths[at]) for at in cut], cutoff)),
+            *(longest, number, name),
         )
     if most and cutoff > most:
         logger.warning("cutoff_len is %d, but the model has positions for %d tokens only", cutoff, most)
     return cutoff
+
+
+def _lost(cut: Sequence[tuple[Trained, Length]], cutoff: int) -> str:
+    """What rows that are cut lose."""
+    prompts = answers = turns = 0
+    for trained, length in cut:
+        if len(trained.answers) == 1 and trained.row.get(HISTORY):  # supervised training cuts it turn by turn
+            turns += 1
+            continue
+        kept = tokens_kept(*length, cutoff)
+        prompts += kept.prompt < length.prompt
+        answers += kept.answer < length.answer
+    losses = ((prompts, "prompts lose their end"), (answers, "answers lose their end of turn"))
+    losses += ((turns, "rows with a history lose ends of its turns or of the answer"),)
+    return ", ".join(f"{count} {what}" for count, what in losses if count)
 
 
 def load_tokenizer(

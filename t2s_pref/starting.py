@@ -1,4 +1,5 @@
-"""What training starts from: the base model and adapter that are given, against those that pairs were sampled from."""
+"""What training starts from, and may not overwrite: the base model and adapter that are given, against those that pairs
+were sampled from."""
 
 import logging
 import os
@@ -76,6 +77,37 @@ def starting_adapter(entries: list[Entry], given: str | os.PathLike[str] | None)
     return name
 
 
+def check_finetuning(finetuning: str, adapter: str | None, on_cpu: bool) -> None:
+    """Raise [`UserError`] where the finetuning does not go with an adapter, or with a CPU."""
+    if finetuning == "full" and adapter:
+        raise UserError(f"finetuning is full, and LLaMA-Factory takes an adapter for LoRA only: {MERGE}.")
+    if finetuning == "qlora" and adapter:
+        raise UserError(
+            "finetuning is qlora with an adapter, which needs create_new_adapter, and quantised weights take no merge: "
+            f"use lora, or {MERGE}."
+        )
+    if finetuning == "qlora" and on_cpu:
+        raise UserError(
+            "finetuning is qlora, which needs CUDA; use lora, or device cuda where it will be trained on one."
+        )
+
+
+def check_output(output_dir: str, model: str, adapter: str | None) -> None:
+    """Raise [`UserError`] where training would overwrite what it starts from; relative folders are those from here."""
+    output = os.path.realpath(absolute(output_dir))
+    for what, source in (("adapter", adapter), ("base model", model)):
+        if not (source and os.path.isabs(source)):
+            continue
+        start = os.path.realpath(source)
+        # a checkpoint may be written anew by the run that has its parent for an output
+        run = os.path.dirname(start) if os.path.basename(start).startswith("checkpoint-") else start
+        if output in (start, run):
+            raise UserError(
+                f"output_dir is {output_dir!r}, and training starts from the {what} there, {start!r}, which would be "
+                "overwritten; give another, output_dir= (--output-dir)."
+            )
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     """A path that means the same from every working directory."""
     return os.path.abspath(os.path.expanduser(path))
@@ -83,8 +115,10 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 def _sampled(entries: list[Entry], what: str) -> list[dict[str, Any]]:
     """The different models or adapters that pairs were sampled from. A teacher is none: it is not what is trained."""
-    found = [each for record in noted(entries, SAMPLED) if isinstance(each := record.get(what), dict)]
-    return [each for place, each in enumerate(found) if each not in found[:place]]
+    found = [record.get(what) for record in noted(entries, SAMPLED)]
+    named = [each for each in found if isinstance(each, dict) and isinstance(each.get("name"), str)]
+    named = [each for each in named if isinstance(each.get("revision", ""), str)]  # a note is anybody's to write
+    return [each for place, each in enumerate(named) if each not in named[:place]]
 
 
 def _warn_of_another(what: str, name: str, sampled: list[dict[str, Any]]) -> None:

@@ -78,6 +78,20 @@ _THOUGHT = re.compile(r"<think>\n(.*?)\n</think>\n\n", re.DOTALL)
 PLAIN = {INSTRUCTION: "", INPUT: "How many books are there?"}  # decides where the given rows leave a choice
 
 
+def ready(template: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with the tokens that LLaMA-Factory adds; itself, where it has them.
+
+    Adding them copies it, which takes a second for a large one: who encodes many rows calls this once before.
+    """
+    stops = _named(template).stops or ((NO_EOS,) if tokenizer.eos_token_id is None else ())
+    if tokenizer.eos_token_id is not None and set(stops) <= set(tokenizer.get_added_vocab()):
+        return tokenizer
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"eos_token": stops[0]})
+    tokenizer.add_tokens(list(stops[1:]), special_tokens=True)
+    return tokenizer
+
+
 def prompt_ids(
     template: str, tokenizer: PreTrainedTokenizerBase, row: Row, enable_thinking: bool, answer: str = ""
 ) -> list[int]:
@@ -85,7 +99,8 @@ def prompt_ids(
 
     Args:
         template: one of `TEMPLATES`; any other is a [`UserError`].
-        tokenizer: of the model that is trained; it is not changed, though LLaMA-Factory may add tokens to its own.
+        tokenizer: of the model that is trained; it is not changed, though LLaMA-Factory may add tokens to its own: for
+            many rows, what `ready` makes of it.
         row: `instruction`, `input`, and where it has them `system` and `history`, as `t2s_pref.prompts.messages` reads.
         enable_thinking: as in the training file; the prompt of `qwen3` ends in an empty think block where it is off.
         answer: what follows, of a pair the chosen one. A think tag that `qwen3` without thinking cannot cut away from
@@ -99,7 +114,7 @@ def prompt_ids(
     '<|im_start|>user\\nHow many?<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n'
     """
     chosen = _named(template)
-    return _prompt(chosen, _ready(chosen, tokenizer), row, enable_thinking, answer)
+    return _prompt(chosen, ready(template, tokenizer), row, enable_thinking, answer)
 
 
 def answer_ids(template: str, tokenizer: PreTrainedTokenizerBase, answer: str, enable_thinking: bool) -> list[int]:
@@ -111,7 +126,7 @@ def answer_ids(template: str, tokenizer: PreTrainedTokenizerBase, answer: str, e
     chosen = _named(template)
     answer, adds_thought = _thoughts(chosen, answer, enable_thinking)
     thought = (EMPTY_THOUGHT,) if adds_thought and enable_thinking else ()
-    return _encode(_ready(chosen, tokenizer), thought + chosen.assistant, content=answer)
+    return _encode(ready(template, tokenizer), thought + chosen.assistant, content=answer)
 
 
 def training_keys(
@@ -137,12 +152,12 @@ def training_keys(
     >>> training_keys(tokenizer, [{"instruction": "Write SQL.", "input": "How many?"}], enable_thinking=False)
     {'template': 'qwen3_nothink'}
     """
-    ready = {name: _ready(template, tokenizer) for name, template in TEMPLATES.items()}
+    prepared = {name: ready(name, tokenizer) for name in TEMPLATES}
     if enable_thinking and _sampled(tokenizer, PLAIN, True) != _sampled(tokenizer, PLAIN, False):
-        ready = {"qwen3": ready.pop("qwen3"), **ready}
+        prepared = {"qwen3": prepared.pop("qwen3"), **prepared}
 
     def trained(name: str, row: Row) -> list[int]:
-        return _prompt(TEMPLATES[name], ready[name], row, enable_thinking)
+        return _prompt(TEMPLATES[name], prepared[name], row, enable_thinking)
 
     def fits(name: str, row: Row) -> bool:
         try:
@@ -150,16 +165,16 @@ def training_keys(
         except UserError:  # a chat template may refuse a row that is asked about here only
             return False
 
-    fitting = list(ready)
+    fitting = list(prepared)
     for index, row in enumerate(rows):
         sampled = _sampled(tokenizer, row, enable_thinking)
         prompts = {name: trained(name, row) for name in fitting}
         if sampled not in prompts.values():
             nearest = max(fitting, key=lambda name: _alike(sampled, prompts[name]))
             raise UserError(
-                f"Row {index}: no LLaMA-Factory template of {', '.join(sorted(ready))} gives the prompt that "
+                f"Row {index}: no LLaMA-Factory template of {', '.join(sorted(prepared))} gives the prompt that "
                 f"{tokenizer.name_or_path!r} is sampled with. {nearest!r} comes nearest: "
-                f"{_difference(ready[nearest], sampled, prompts[nearest])}. {_way_out(row, fitting, fits)}"
+                f"{_difference(prepared[nearest], sampled, prompts[nearest])}. {_way_out(row, fitting, fits)}"
             )
         fitting = [name for name in fitting if prompts[name] == sampled]
     name = next((name for name in fitting if fits(name, PLAIN)), fitting[0])
@@ -170,17 +185,6 @@ def _named(template: str) -> Template:
     if template in TEMPLATES:
         return TEMPLATES[template]
     raise UserError(f"template is {template!r}; the ones known here are {', '.join(sorted(TEMPLATES))}.")
-
-
-def _ready(template: Template, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with the tokens that LLaMA-Factory adds; itself, where it has them."""
-    stops = template.stops or ((NO_EOS,) if tokenizer.eos_token_id is None else ())
-    if tokenizer.eos_token_id is not None and set(stops) <= set(tokenizer.get_added_vocab()):
-        return tokenizer
-    tokenizer = deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"eos_token": stops[0]})
-    tokenizer.add_tokens(list(stops[1:]), special_tokens=True)
-    return tokenizer
 
 
 def _prompt(

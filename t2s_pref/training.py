@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from t2s_pref.cutoff import load_tokenizer, row_lengths, template_keys, thinking
 from t2s_pref.entries import Entry, find_entries
 from t2s_pref.errors import UserError
 from t2s_pref.files import atomic_write, check_writable
-from t2s_pref.starting import MERGE, absolute, starting_adapter, starting_model
+from t2s_pref.starting import absolute, check_finetuning, check_output, starting_adapter, starting_model
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class TrainConfig:
         return f"{len(self.lengths)} rows, prompt and answer: median {median}, longest {longest} tokens"
 
     def __str__(self) -> str:
-        lines = [self.measured, f"wrote {self.path}", f"llamafactory-cli train {self.path}"]
+        lines = [self.measured, f"wrote {self.path}", f"llamafactory-cli train {shlex.quote(str(self.path))}"]
         if "create_new_adapter" in self.keys:
             both = f"{self.keys['adapter_name_or_path']},{self.keys['output_dir']}"
             lines.append(f"what is trained lies on top of that adapter: use both, adapter_name_or_path: {both}")
@@ -163,9 +164,11 @@ def train_config(
             `interleave_over` until all are.
         probs: with which probability a row is drawn from each dataset; needs one of the interleaved ways, the first of
             which it implies.
-        cutoff_len: most tokens of a row; defaults to what the longest has, rounded up to a multiple of 64.
-        max_samples: the first rows of each dataset; 0 for all.
-        output_dir: where the trained weights go; defaults to `saves/<model>/<finetuning>/<first dataset>`.
+        cutoff_len: most tokens of a row; defaults to what the longest has, rounded up to a multiple of 64, and 64 more
+            under a template whose own lengths are not known.
+        max_samples: the first rows of each dataset; 0 for all. All are measured of one with `num_samples`, which draws.
+        output_dir: where the trained weights go; defaults to `saves/<model>/<finetuning>/<first dataset>`. Where
+            training starts from weights in this folder, it is refused.
         save_steps: steps from one checkpoint to the next.
         report_to: `none`, `wandb`, `tensorboard`, `swanlab`, `mlflow` or `trackio`.
         batch_size: rows (pairs) that a device computes at a time; with `gradient_accumulation` rows of a step.
@@ -198,7 +201,10 @@ def train_config(
         given = values[name]
         if given is not None and not (isinstance(given, int | float) and 0 < given < below):
             raise UserError(f"{name} is {given!r}; it must be above 0{' and below 1' if below == 1 else ''}.")
-    path = Path(output).expanduser()
+    try:
+        path = Path(output).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{str(output)!r} is in the home of a user who is not known here; give the folder.") from error
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{str(output)!r} must end in .yaml or .yml; LLaMA-Factory reads no other training file.")
     check_writable(path)
@@ -210,7 +216,9 @@ def train_config(
     on_cpu = device == "cpu" or (device == "auto" and not _has_cuda())
     model, revision = starting_model(entries, base_model, revision)
     adapter = starting_adapter(entries, adapter_path)
-    _check_finetuning(finetuning, adapter, on_cpu)
+    check_finetuning(finetuning, adapter, on_cpu)
+    output_dir = os.fspath(output_dir or f"saves/{Path(model).name}/{finetuning}/{names[0]}")
+    check_output(output_dir, model, adapter)
     pinned = revision
     if adapter and revision and not os.path.isabs(adapter):
         logger.warning(
@@ -226,7 +234,7 @@ def train_config(
     thinking = thinking_mode(entries, rows)
     templated = template_keys(tokenizer, template, bare, thinking, stage)
     measured = row_lengths(tokenizer, bare, templated, thinking)
-    cutoff = fitting_cutoff(cutoff_len, rows, measured, positions)
+    cutoff = fitting_cutoff(cutoff_len, rows, measured, positions, templated["template"])
     lengths = tuple(map(sum, measured))
 
     lora = finetuning != "full"
@@ -258,7 +266,7 @@ def train_config(
             "preprocessing_num_workers": 2,
         },
         "output": {
-            "output_dir": os.fspath(output_dir or f"saves/{Path(model).name}/{finetuning}/{names[0]}"),
+            "output_dir": output_dir,
             "logging_steps": 10,
             "save_steps": save_steps,
             "plot_loss": True,
@@ -331,17 +339,3 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _check_finetuning(finetuning: str, adapter: str | None, on_cpu: bool) -> None:
-    if finetuning == "full" and adapter:
-        raise UserError(f"finetuning is full, and LLaMA-Factory takes an adapter for LoRA only: {MERGE}.")
-    if finetuning == "qlora" and adapter:
-        raise UserError(
-            "finetuning is qlora with an adapter, which needs create_new_adapter, and quantised weights take no merge: "
-            f"use lora, or {MERGE}."
-        )
-    if finetuning == "qlora" and on_cpu:
-        raise UserError(
-            "finetuning is qlora, which needs CUDA; use lora, or device cuda where it will be trained on one."
-        )

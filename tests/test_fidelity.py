@@ -1,7 +1,7 @@
-"""What `t2s_pref.templates` says of LLaMA-Factory, real LLaMA-Factory does; and what is sampled from is trained on.
+"""What this package says of LLaMA-Factory, real LLaMA-Factory does; and what is sampled from is trained on.
 
 One process in LLaMA-Factory's own environment encodes every row under every template with the tokenizers of all
-families; all is compared token by token.
+families; all is compared token by token. Another one loads files and cuts rows.
 """
 
 import json
@@ -18,6 +18,8 @@ from llamafactory_venv import llamafactory_venv
 from transformers import AutoTokenizer
 
 from t2s_pref import save_llamafactory
+from t2s_pref.cutoff import tokens_kept
+from t2s_pref.entries import Entry
 from t2s_pref.errors import UserError
 from t2s_pref.prompts import messages
 from t2s_pref.templates import TEMPLATES, answer_ids, prompt_ids, training_keys
@@ -263,3 +265,54 @@ def test_default_replaces_the_chat_template_of_every_model(family: str, encoded:
     for template, thinking in MODES:
         saved = AutoTokenizer.from_pretrained(encoded[family, template, thinking].saved)
         assert ("Human: " in saved.chat_template) == (template == "default")
+
+
+PAIR = {"instruction": "Write SQL.", "chosen": "SELECT 1", "rejected": "SELECT 2"}
+ENTRY = {"ranking": True, "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}}
+VALUES = [[1, 2], [1, None], [1, 1.5], [1, "a"], ["a", 1], [1, True], [1, [1]], [[1], ["a"]], [["a"], []]]
+VALUES += [[{"a": 1}, {"b": "c"}], [{"a": 1}, {"a": "b"}], [{"a": 1}, "a"], [[["a", "b"]], []], ["a", "2024-01-01"]]
+MARK = "\ufeff"
+CUTS = [(prompt, answer, cutoff) for prompt in (1, 40, 250) for answer in (1, 29, 50, 51, 400) for cutoff in (60, 100)]
+LOAD_AND_CUT = """
+import json, sys
+from datasets import load_dataset
+from llamafactory.data.processor.processor_utils import infer_seqlen
+
+files, cuts = json.load(sys.stdin)
+loaded = []
+for file in files:
+    try:
+        loaded.append(len(load_dataset("json", data_files=[file], split="train")))
+    except Exception:
+        loaded.append(None)
+print(json.dumps([loaded, [infer_seqlen(*cut) for cut in cuts]]))
+"""
+
+
+def test_what_cannot_be_loaded_is_refused_and_what_a_row_loses_is_reckoned(tmp_path: Path) -> None:
+    contents = [[{**PAIR, "more": first}, {**PAIR, "more": second}] for first, second in VALUES]
+    contents.append([{**PAIR, "more": 1}, PAIR])
+    texts = {f"{place}.json": json.dumps(rows) for place, rows in enumerate(contents)}
+    texts |= {f"{place}.jsonl": "\n".join(map(json.dumps, rows)) for place, rows in enumerate(contents)}
+    texts |= {f"mark{name}": MARK + texts[name] for name in ("0.json", "0.jsonl")}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [llamafactory_venv() / "bin" / "python", "-c", LOAD_AND_CUT],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        input=json.dumps([[str(tmp_path / name) for name in texts], CUTS]),
+        capture_output=True,
+        check=True,
+    )
+    loaded, cuts = json.loads(done.stdout.splitlines()[-1])
+    assert {2, None} == set(loaded)
+
+    def rows(name: str) -> int | None:
+        try:
+            return len(list(Entry("x", {**ENTRY, "file_name": name}, tmp_path).rows()))
+        except UserError:
+            return None
+
+    assert {name: rows(name) for name in texts} == dict(zip(texts, loaded, strict=True))
+    assert [list(tokens_kept(*cut)) for cut in CUTS] == cuts

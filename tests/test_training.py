@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from datasets import Dataset
 from loopback_hub import LoopbackHub
 from transformers import AutoTokenizer
 
-from t2s_pref import UserError, demo_files, load_sft, save_llamafactory, write_dpo_config, write_sft_config
+from t2s_pref import UserError, demo_files, load_sft, save_llamafactory, templates, write_dpo_config, write_sft_config
 from t2s_pref.cli import main
 from t2s_pref.prompts import messages
 from t2s_pref.training import train_config
@@ -63,9 +64,9 @@ def hybrid(folder):
     return path
 
 
-def config(folder, datasets="my_dpo", **options):
-    options = {"base_model": MODEL, "device": "cpu", **options}
-    return train_config(folder / "train.yaml", datasets, dataset_dir=folder, **options)
+def config(folder, datasets="my_dpo", output=None, **options):
+    options = {"base_model": MODEL, "device": "cpu", "dataset_dir": folder, **options}
+    return train_config(output or folder / "train.yaml", datasets, **options)
 
 
 def note(folder, name="my_dpo", step="generate_rejected", **record):
@@ -225,6 +226,34 @@ def test_a_row_that_will_be_cut_is_warned_about(folder, caplog):
     assert f"the longest has {max(lengths)} tokens, the first is row {over[0]} of 'my_dpo'" in warning
 
 
+def test_the_warning_says_which_side_of_a_row_is_cut(folder, pairs, caplog):
+    long, short = "SELECT 1; " * 40, {**pairs[0], "input": "How?"}
+    rows = [{**short, "input": "How? " * 60}, {**short, "chosen": long}]
+    rows += [{**short, "input": "How? " * 60, "rejected": long}, short]
+    save_llamafactory(Dataset.from_list(rows), folder / "long.json")
+    config(folder, "long", cutoff_len=160)
+    assert (
+        "3 of 4 rows are longer than cutoff_len 160 and will be cut (2 prompts lose their end, 2 answers lose"
+        in caplog.text
+    )
+    caplog.clear()
+    save_llamafactory(Dataset.from_list([rows[0], short]), folder / "long.json")
+    config(folder, "long", cutoff_len=160)
+    assert "(1 prompts lose their end)" in caplog.text
+    caplog.clear()
+    turns = [{"input": "How?", "output": "1", "history": [["How? " * 60, "1"]]}, {"input": "", "output": "1"}]
+    save_llamafactory(
+        Dataset.from_list([{"instruction": "", "history": [], **row} for row in turns]), folder / "s.json"
+    )
+    config(folder, "s", cutoff_len=160)
+    assert "(1 rows with a history lose ends of its turns or of the answer)" in caplog.text
+
+
+def test_all_rows_are_measured_where_llamafactory_draws_some_of_them(folder, pairs):
+    change(folder, num_samples=5)
+    assert len(config(folder, max_samples=3).lengths) == 12
+
+
 def test_a_cutoff_that_holds_no_prompt_is_refused(folder):
     with pytest.raises(UserError, match="cutoff_len is 16, and not even the shortest prompt fits, of"):
         config(folder, cutoff_len=16)
@@ -279,6 +308,15 @@ def test_a_folder_of_files_and_a_dataset_repository_on_disk_are_read(folder, pai
     assert len(config(folder).lengths) == 24
 
 
+def test_what_a_row_lacks_and_others_have_is_null(folder, pairs):
+    def lengths(row):
+        (folder / "my_dpo.json").write_text(json.dumps([pairs[0], row]))
+        return config(folder).lengths
+
+    lacking = {name: text for name, text in pairs[1].items() if name != "input"}
+    assert lengths(lacking) == lengths({**lacking, "input": None}) != lengths(pairs[1])
+
+
 # -- thinking and template -------------------------------------------------------------------------------------------
 
 
@@ -320,11 +358,23 @@ def test_data_of_both_thinking_modes_are_refused(folder, pairs):
         config(folder, ["my_dpo", "other"], base_model=REASONER)
 
 
+def test_how_a_teacher_was_sampled_says_nothing_of_the_pairs(folder, hybrid):
+    note(folder, step="generate_cot", settings={"enable_thinking": True})
+    note(folder, settings={"enable_thinking": False})
+    assert config(folder, base_model=hybrid).keys["enable_thinking"] is False
+
+
 def test_a_history_gets_no_empty_thoughts_in_supervised_training(folder, golds, hybrid):
     rows = golds.map(with_turns, with_indices=True).map(lambda row: {"output": THOUGHT + row["output"]})
     save_llamafactory(rows, folder / "cot.json")
     assert config(folder, "cot", base_model=hybrid).keys["mask_history"] is True
     assert "mask_history" not in config(folder, "my_sft", base_model=hybrid).keys
+
+
+def test_the_answers_of_a_history_are_trained_on_where_no_template_thinks(folder, golds):
+    save_llamafactory(golds.map(with_turns, with_indices=True), folder / "turns.json")
+    written = config(folder, "turns")
+    assert (written.keys["template"], "mask_history" in written.keys) == ("qwen3_nothink", False)
 
 
 def test_a_template_that_is_given_is_taken_and_what_is_wrong_with_it_is_said(folder, caplog):
@@ -334,7 +384,21 @@ def test_a_template_that_is_given_is_taken_and_what_is_wrong_with_it_is_said(fol
     written = config(folder, template="gemma")
     assert (written.keys["template"], written.keys["enable_thinking"]) == ("gemma", False)
     assert "'gemma' is none of" in caplog.text
+    assert "LLaMA-Factory stops if it has none of this name" in caplog.text
     assert max(written.lengths) >= max(config(folder).lengths)
+
+
+def test_an_unknown_template_leaves_room_in_each_row(folder):
+    for most in range(1, 13):
+        written = config(folder, template="gemma", max_samples=most)
+        assert 64 <= written.keys["cutoff_len"] - max(written.lengths) < 128
+
+
+def test_a_template_whose_tokens_are_missing_copies_no_tokenizer_for_each_row(folder, monkeypatch):
+    copies = []
+    monkeypatch.setattr(templates, "deepcopy", lambda tokenizer: copies.append(0) or deepcopy(tokenizer))
+    assert config(folder, template="llama3").keys["template"] == "llama3"
+    assert 0 < len(copies) <= 2
 
 
 # -- what training starts from ---------------------------------------------------------------------------------------
@@ -376,6 +440,37 @@ def test_a_teacher_is_not_what_is_trained(folder, caplog):
 def test_what_was_trained_on_an_adapter_is_said_to_need_it(folder, adapter):
     assert f"adapter_name_or_path: {adapter},saves/model/lora/my_dpo" in str(config(folder, adapter_path=adapter))
     assert "adapter_name_or_path" not in str(config(folder))
+
+
+@pytest.mark.parametrize("model", [{"revision": "1"}, {"name": 5, "revision": "1"}, {"name": "x/y", "revision": 1}, 7])
+def test_a_note_of_another_tool_that_names_no_model_says_nothing(folder, model):
+    note(folder, model=model, adapter=model)
+    with pytest.raises(UserError, match="base_model is not given, and none is noted"):
+        config(folder, base_model=None)
+    assert "adapter_name_or_path" not in config(folder).keys
+
+
+@pytest.mark.parametrize("output", [None, "link", "./other/../saves/model/lora/my_dpo"])
+def test_the_adapter_that_training_starts_from_is_not_overwritten(folder, monkeypatch, output):
+    adapter = folder / "saves" / "model" / "lora" / "my_dpo"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (folder / "link").symlink_to(adapter)
+    monkeypatch.chdir(folder)
+    named = re.escape(repr(output or "saves/model/lora/my_dpo"))
+    with pytest.raises(UserError, match=f"output_dir is {named}, .* from the adapter there.*--output-dir"):
+        config(folder, adapter_path="saves/model/lora/my_dpo", output_dir=output)
+    shutil.copytree(adapter, adapter / "checkpoint-500")
+    with pytest.raises(UserError, match=f"output_dir is {named}, .* from the adapter there"):
+        config(folder, adapter_path=adapter / "checkpoint-500", output_dir=output)
+    assert config(folder, adapter_path=adapter, output_dir="saves/other").keys["output_dir"] == "saves/other"
+
+
+def test_the_base_model_is_not_overwritten(folder):
+    model = copy_of(MODEL, folder)
+    with pytest.raises(UserError, match=r"output_dir is .*copy', and training starts from the base model there"):
+        config(folder, base_model=model, finetuning="full", output_dir=model)
+    assert not (folder / "train.yaml").exists()
 
 
 # -- the Hub ---------------------------------------------------------------------------------------------------------
@@ -468,20 +563,29 @@ def test_what_the_hub_does_not_have_is_one_line(folder, hub, more, message):
         ({"probs": [0.5, 0.5]}, "probs are 2 numbers for 1 datasets"),
         ({"datasets": ["my_dpo", "my_dpo"]}, "'my_dpo' is given twice"),
         ({"datasets": ["my_dpo", "my_sft"]}, "'my_dpo' holds preference pairs and 'my_sft' does not"),
-        ({"datasets": "absent"}, "'absent' is not in .*; there are my_dpo, my_sft"),
-        ({"datasets": []}, "No dataset is named; .* has my_dpo, my_sft"),
+        ({"datasets": "absent"}, "'absent' is not in .*; there are my_dpo, my_sft, a,b"),
+        ({"datasets": "a,b"}, "'a,b' has a comma or a blank at an end; .* rename it"),
+        ({"datasets": " lead"}, "' lead' has a comma or a blank at an end"),
+        ({"template": ""}, "template is ''; give the name of one, or leave it out"),
+        ({"template": " "}, "template is ' '; give the name of one, or leave it out"),
+        ({"datasets": []}, "No dataset is named; .* has my_dpo, my_sft, a,b"),
         ({"datasets": "my_sft", "pref_loss": "orpo"}, "pref_loss and pref_beta are for preference pairs"),
         ({"datasets": "my_sft", "stage": "dpo"}, "'my_sft' has no preference pairs .*; write_sft_config is for it"),
         ({"base_model": None}, "base_model is not given, and none is noted"),
         ({"base_model": "./absent"}, "'./absent' does not exist"),
         ({"base_model": "user/absent"}, "'user/absent' is neither a folder here nor in the Hub cache"),
         ({"base_model": MODEL, "revision": "main"}, "revision is for a model from the Hub"),
+        ({"base_model": "~nosuchuser/m"}, "'~nosuchuser/m' does not exist"),
+        ({"dataset_dir": "~nosuchuser/d"}, "'~nosuchuser/d' has no dataset_info.json"),
+        ({"output": "~nosuchuser/x.yaml"}, "'~nosuchuser/x.yaml' is in the home of a user who is not known here"),
         ({"adapter_path": "./absent"}, "Adapter './absent' has no adapter_config.json"),
         ({"adapter_path": "one,two"}, "it must be one adapter, without commas; of several, merge it first"),
         ({"finetuning": "qlora"}, "qlora, which needs CUDA"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_allowed(folder, options, message):
+    for name in ("a,b", " lead"):
+        change(folder, name, file_name="my_dpo.json", ranking=True)
     with pytest.raises(UserError, match=message):
         config(folder, **options)
     assert not (folder / "train.yaml").exists()
@@ -519,6 +623,11 @@ def test_an_adapter_is_for_lora_and_the_way_out_is_said(folder, adapter, finetun
         ({"formatting": "openai"}, "formatting 'openai'; it must be alpaca or sharegpt"),
         ({"columns": {"prompt": "question", "chosen": "chosen", "rejected": "rejected"}}, "row 0 lacks 'question'"),
         ({"columns": {"prompt": "instruction", "chosen": "chosen"}}, "row 0 lacks 'rejected'"),
+        ({"columns": 5}, "has 5 for columns; it must be an object of strings"),
+        ({"columns": {"prompt": 5}}, "has {'prompt': 5} for columns"),
+        ({"formatting": "sharegpt", "tags": [1]}, ".1. for tags; it must be an object of strings"),
+        ({"ranking": 1}, "has the ranking 1; it must be true or false"),
+        ({"ranking": "false"}, "has the ranking 'false'"),
         ({"columns": {"tools": "tools"}}, "has a column for 'tools'"),
         ({"columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "many"}}, "row 0 has no answer"),
         ({"formatting": "sharegpt", "columns": {"messages": "input"}}, "row 0 is not sharegpt data"),
@@ -532,6 +641,60 @@ def test_an_entry_that_cannot_be_trained_on_is_one_line(folder, pairs, entry, me
     with pytest.raises(UserError, match=f"^Dataset 'my_dpo' .*{message}") as error:
         config(folder)
     assert "\n" not in str(error.value)
+
+
+SIDE = {"chosen": "SELECT 1", "rejected": "SELECT 2"}
+HISTORY = {"columns": {"prompt": "instruction", "history": "history", "chosen": "chosen", "rejected": "rejected"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": 5}, "row 1 has 5 in its prompt, which is no text"),
+        ({"instruction": "\ud800"}, r"row 1 has '\\ud800' for 'instruction', and .* surrogates not allowed"),
+        ({"chosen": "\ud800"}, r"row 1 has '\\ud800' for 'chosen'"),
+        ({"id": "a"}, "row 1 has 'a' for 'id', and LLaMA-Factory cannot load such a column"),
+        ({"history": [["a", "b", "c"]]}, "row 1 has the history .*; it must be a list of .question, answer."),
+        ({"history": [["a", None]]}, "row 1 has None in its prompt"),
+        ({"history": "abc"}, "row 1 has the history 'abc'"),
+    ],
+)
+def test_a_row_that_llamafactory_dies_on_is_named(folder, row, message):
+    first = {"instruction": "How many?", **SIDE} if "instruction" not in row else {"id": 0, **SIDE}
+    first |= {"id": 0} if "id" in row else {}
+    (folder / "my_dpo.json").write_text(json.dumps([first, {**first, **row}]))
+    change(folder, **(HISTORY if "history" in row else {"columns": {**HISTORY["columns"], "history": None}}))
+    with pytest.raises(UserError, match=f"^Dataset 'my_dpo' {message}") as error:
+        config(folder)
+    str(error.value).encode()
+
+
+def test_a_table_of_numbers_and_a_message_without_text_are_named(folder):
+    (folder / "table.csv").write_text("instruction,chosen,rejected\n1,a,b\n2,c,d\n")
+    change(folder, file_name="table.csv", columns={**HISTORY["columns"], "history": None})
+    with pytest.raises(UserError, match="'my_dpo' row 0 has 1 in its prompt, which is no text"):
+        config(folder)
+    chat = [{"from": "human", "value": None}, {"from": "gpt", "value": "SELECT 1"}]
+    (folder / "chat.json").write_text(json.dumps([{"conversations": chat}]))
+    change(folder, "chat", file_name="chat.json", formatting="sharegpt")
+    with pytest.raises(UserError, match="'chat' row 0 has None in its prompt, which is no text"):
+        config(folder, "chat")
+
+
+def test_columns_that_are_null_are_refused(folder):
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["my_dpo"]["columns"] = None
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="'my_dpo' has None for columns"):
+        config(folder)
+
+
+@pytest.mark.parametrize("name", ["my_dpo.json", "dataset_info.json"])
+def test_a_byte_order_mark_is_refused_as_llamafactory_cannot_read_it(folder, name):
+    path = folder / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with pytest.raises(UserError, match=f"a byte order mark.*{'in my_dpo.json' if name[0] == 'm' else ''}.*UTF-8 with"):
+        config(folder)
 
 
 def test_turns_out_of_order_are_refused_as_they_would_be_dropped(folder, pairs):
@@ -584,6 +747,11 @@ def test_the_command_writes_the_file_and_says_how_to_train(folder, capsys):
     assert lines[0].startswith("12 rows, prompt and answer: median ")
     assert lines[1:] == [f"wrote {output}", f"llamafactory-cli train {output}"]
     assert yaml.safe_load(Path(output).read_text())["pref_loss"] == "orpo"
+
+
+def test_the_command_that_is_printed_is_quoted_for_a_shell(folder):
+    path = folder / "my runs" / "x;y.yaml"
+    assert str(config(folder, output=path)).endswith(f"\nllamafactory-cli train '{path}'")
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(folder, capsys, caplog):
