@@ -199,44 +199,49 @@ results += [load_dataset("user/pairs", "raw", split="train").num_rows]
     assert info["pairs"]["ranking"] is True
 
 
-@pytest.mark.parametrize(
-    "match", ["/commit/", "/repos/create", "/api/datasets/user/pairs$", "/preupload/", "lfs-store"]
-)
-def test_a_hub_that_stumbles_is_asked_again(hub, saved, pairs, tmp_path, match):
-    if match != "/commit/":
-        hub.fail(503, times=1, match=match)
-    else:
-        for status in (409, 412, 429, 500, 503):
-            hub.fail(status, times=1, match=match, headers={"Retry-After": "0.1"} if status == 429 else {})
-        hub.drop(times=1, match=match)
-    (pushed,) = run(hub, tmp_path, f"{LOAD}\npush(pairs)", pairs=saved)
-    assert isinstance(pushed, list), pushed
-    assert rows_of(hub, "alpaca") == len(pairs)
-    assert [commit.title for commit in hub.commits("dataset", "user/pairs")][1:] == ["initial commit"]
+def test_a_hub_that_stumbles_is_asked_again(hub, saved, pairs, tmp_path):
+    hub.fail(503, times=1, match="/repos/create")
+    hub.fail(503, times=1, match="/datasets/user/looked-up$")
+    hub.fail(503, times=1, match="/user/prepared/preupload/")
+    hub.fail(503, times=1, match="lfs-store/.*/user/stored/")
+    for status in (409, 412, 429, 500, 503):
+        hub.fail(status, times=1, match="/user/committed/commit/", headers={"Retry-After": "0.1"})
+    hub.drop(times=1, match="/user/committed/commit/")
+    names = ["created", "looked-up", "prepared", "stored", "committed"]
+    script = f"{LOAD}\nfor name in given['names']: push(pairs, f'user/{{name}}')"
+    for name, pushed in zip(names, run(hub, tmp_path, script, pairs=saved, names=names), strict=True):
+        assert isinstance(pushed, list), pushed
+        assert rows_of(hub, "alpaca", f"user/{name}") == len(pairs)
+        assert [commit.title for commit in hub.commits("dataset", f"user/{name}")][1:] == ["initial commit"]
+    assert all(fault.times == 0 for fault in hub.faults)
 
 
-@pytest.mark.parametrize("lost", ["fail", "drop"])
-def test_a_push_whose_answer_is_lost_is_not_made_twice(hub, saved, pairs, tmp_path, lost):
-    getattr(hub, lost)(times=1, match="/commit/", late=True)
-    (pushed,) = run(hub, tmp_path, f"{LOAD}\npush(pairs)", pairs=saved)
-    assert isinstance(pushed, list), pushed
-    assert len(hub.commits("dataset", "user/pairs")) == 2
-    assert rows_of(hub, "data") == len(pairs)
+def test_a_push_whose_answer_is_lost_is_not_made_twice(hub, saved, pairs, tmp_path):
+    hub.fail(times=1, match="/user/failed/commit/", late=True)
+    hub.drop(times=1, match="/user/cut/commit/", late=True)
+    for pushed in run(hub, tmp_path, f"{LOAD}\npush(pairs, 'user/failed')\npush(pairs, 'user/cut')", pairs=saved):
+        assert isinstance(pushed, list), pushed
+    for name in ("user/failed", "user/cut"):
+        assert len(hub.commits("dataset", name)) == 2
+        assert rows_of(hub, "data", name) == len(pairs)
 
 
-@pytest.mark.parametrize("status", [409, 412, 429, 500])
-def test_a_push_that_fails_leaves_the_dataset_as_it_was_and_says_how_to_go_on(hub, saved, pairs, tmp_path, status):
-    run(hub, tmp_path, f"{LOAD}\npush(pairs)", pairs=saved)
-    before = hub.files("dataset", "user/pairs")
-    hub.fail(status, match="/commit/")
-    (failed,) = run(hub, tmp_path, f"{LOAD}\npush(pairs.select(range(3)))", pairs=saved)
-    assert failed.startswith(f"ConnectionError: pushing to user/pairs: the Hub answered {status} at try 8 of 8.")
-    assert "Push again to go on" in failed
-    assert "\n" not in failed
-    assert hub.files("dataset", "user/pairs") == before
+def test_a_push_that_fails_leaves_the_dataset_as_it_was_and_says_how_to_go_on(hub, saved, pairs, tmp_path):
+    statuses = [409, 412, 429, 500]
+    script = f"{LOAD}\nfor status in given['statuses']: push(pairs.select(range(given['rows'])), f'user/{{status}}')"
+    run(hub, tmp_path, script, pairs=saved, statuses=statuses, rows=len(pairs))
+    before = {status: hub.files("dataset", f"user/{status}") for status in statuses}
+    for status in statuses:
+        hub.fail(status, match=f"/user/{status}/commit/")
+    refused = run(hub, tmp_path, script, pairs=saved, statuses=statuses, rows=3)
+    for status, failed in zip(statuses, refused, strict=True):
+        assert failed.startswith(f"ConnectionError: pushing to user/{status}: the Hub answered {status} at try 8 of 8.")
+        assert "Push again to go on" in failed
+        assert "\n" not in failed
+    assert {status: hub.files("dataset", f"user/{status}") for status in statuses} == before
     hub.heal()
-    run(hub, tmp_path, f"{LOAD}\npush(pairs.select(range(3)))", pairs=saved)
-    assert rows_of(hub, "alpaca") == 3
+    run(hub, tmp_path, script, pairs=saved, statuses=statuses, rows=3)
+    assert {rows_of(hub, "alpaca", f"user/{status}") for status in statuses} == {3}
 
 
 def test_two_that_push_at_once_both_get_through(hub, saved, tmp_path):
@@ -439,14 +444,17 @@ push(Dataset.from_list([{**row, "db_id": ["a"]}]), "user/odd")
     assert ("dataset", "user/odd") not in hub.repositories
 
 
-@pytest.mark.parametrize("lost", ["fail", "drop"])
-def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, saved, tmp_path, lost):
-    run(hub, tmp_path, f"{LOAD}\npush(pairs)", pairs=saved)
-    getattr(hub, lost)(times=1, match="/commit/", late=True)
-    (failed,) = run(hub, tmp_path, f"{LOAD}\npush(pairs.select([0, 1]), create_pr=True)", pairs=saved)
-    assert failed.startswith("LostError: ")
-    assert "see whether it is among the discussions there" in failed
-    assert "refs/pr/2" not in hub.repositories["dataset", "user/pairs"].branches
+def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, saved, tmp_path):
+    names = ["user/failed", "user/cut"]
+    run(hub, tmp_path, f"{LOAD}\nfor name in given['names']: push(pairs, name)", pairs=saved, names=names)
+    hub.fail(times=1, match="/user/failed/commit/", late=True)
+    hub.drop(times=1, match="/user/cut/commit/", late=True)
+    script = f"{LOAD}\nfor name in given['names']: push(pairs.select([0, 1]), name, create_pr=True)"
+    for name, failed in zip(names, run(hub, tmp_path, script, pairs=saved, names=names), strict=True):
+        assert failed.startswith("LostError: ")
+        assert "see whether it is among the discussions there" in failed
+        assert "refs/pr/1" in hub.repositories["dataset", name].branches
+        assert "refs/pr/2" not in hub.repositories["dataset", name].branches
 
 
 def test_verifying_a_dataset_of_one_split_needs_no_name_for_it(hub, saved, tmp_path):
