@@ -201,6 +201,7 @@ def known(folder):
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_ended_again_and_again_ends_with_the_same_file(number, undisturbed, tmp_path):
     chance, before = random.Random(int(number)), workers()

@@ -426,6 +426,7 @@ def test_the_tokenizer_of_a_server_can_be_named_even_by_the_default(sft, tmp_pat
     assert f"{name!r} is neither a folder here nor in the Hub cache" in done.stderr
 
 
+@pytest.mark.slow
 def test_continuous_batching_writes_what_the_default_writes(sft, tmp_path):
     common = ["--base-model", MODEL, "--sft-data", sft, "--max-new-tokens", "48", "--cache-dir", tmp_path / "cache"]
     for name, more in (("a.json", []), ("b.json", ["--continuous-batching"])):

@@ -272,6 +272,7 @@ def test_a_driver_that_is_not_here_is_replaced_by_ours(url):
             assert outcome(ServerDatabase(address, LIMITS), "SELECT 1") == [(1,)]
 
 
+@pytest.mark.slow
 @only("postgres")
 def test_a_gigabyte_in_one_value_ends_no_other_statement(url, kind):
     """In a process with the worker's limit on memory."""

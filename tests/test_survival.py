@@ -125,6 +125,7 @@ def test_two_ranks_find_what_one_process_cached(tmp_path, uninterrupted):
     assert len(list((tmp_path / "cache" / "samples").glob("*/segment*"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs, accelerate starts all that are asked for")
 def test_where_accelerate_starts_one_process_of_two_that_is_said_and_the_file_is_the_same(tmp_path, uninterrupted):
     process = launch(tmp_path, "dpo.json", "--cpu")
