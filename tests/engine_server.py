@@ -51,7 +51,11 @@ class Server:
         self.engine = TransformersEngine(**arguments)
 
     def identity(self) -> dict[str, Any]:
-        return {"identity": self.engine.identity(self.memo), "described": self.engine.describe()}
+        return {
+            "identity": self.engine.identity(self.memo),
+            "described": self.engine.describe(),
+            "origin": self.engine.origin(),
+        }
 
     def prepare(self, **arguments: Any) -> dict[str, Any]:
         self.make(**arguments)

@@ -226,6 +226,7 @@ def test_a_run_that_is_ended_again_and_again_ends_with_the_same_file(number, und
     assert not workers() - before
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_file_that_one_process_writes(undisturbed, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

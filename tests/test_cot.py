@@ -490,6 +490,7 @@ def test_options_that_do_not_go_together_are_one_line_and_code_2(run, tmp_path, 
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_teacher_and_policy_may_be_behind_an_endpoint(tmp_path, cache, capsys):
     with TransformersServe(FILES.reasoner, tmp_path) as server:
         at = ("--base-url", f"http://127.0.0.1:{server.port}/v1", "--model", server.model)

@@ -61,7 +61,10 @@ def test_base_and_adapter_load_from_the_hub_by_their_ids(hub, from_the_hub, tiny
     )
     assert result["described"] == f"user/base at {commit[:12]}, adapter user/adapter"
     assert result["identity"]["base_model"] == commit
-    assert result["identity"]["adapter"] == hub.repositories["model", "user/adapter"].branches["main"]
+    adapter = hub.repositories["model", "user/adapter"].branches["main"]
+    assert result["identity"]["adapter"] == adapter
+    assert result["origin"]["model"] == {"name": "user/base", "revision": commit}
+    assert result["origin"]["adapter"] == {"name": "user/adapter", "revision": adapter}
     assert from_the_hub["warnings"] == []
 
 

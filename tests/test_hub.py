@@ -122,6 +122,19 @@ def test_the_card_tells_how_the_pairs_came_about(hub, saved, pairs, tmp_path):
     assert shortest["rejected"] in text
 
 
+def test_the_card_names_the_dataset_that_the_rows_were_loaded_from(hub, tmp_path):
+    rows = [{"instruction": "", "input": f"Question {number}?", "output": f"SELECT {number}"} for number in range(3)]
+    sha = hub.add("dataset", "them/sft", {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    script = """
+rows = load_sft("them/sft", split="train").filter(lambda row: "2" not in row["input"])
+push(rows.map(lambda row: {"chosen": row["output"], "rejected": "SELECT 7"}))
+"""
+    run(hub, tmp_path, script)
+    head, text = card(hub)
+    assert head["source_datasets"] == ["them/sft"]
+    assert f"| source | `them/sft` at `{sha}` |" in text
+
+
 def test_pairs_that_were_not_run_are_not_called_proven(hub, tmp_path):
     script = """
 row = {"instruction": "", "input": "One?", "chosen": "SELECT 1", "rejected": "SELECT 2"}

@@ -116,6 +116,7 @@ def test_two_ranks_write_the_file_of_one_process(tmp_path, uninterrupted):
     assert samples(tmp_path) == 3 * ROWS
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_process_cached(tmp_path, uninterrupted):
     assert subprocess.run([sys.executable, *command(tmp_path, "a.json")], capture_output=True).returncode == 0
     process = launch(tmp_path, "b.json")
