@@ -68,7 +68,7 @@ HASHED_ROWS = 1000  # a fixed number, so that the fingerprint does not depend on
 
 ALPACA = "alpaca"  # the configuration of a pushed dataset that has these columns; `default` is TRL's
 
-_COMMIT = re.compile(r"^hf://[^@]*@([0-9a-f]{40})/")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -169,8 +169,8 @@ def from_hub(repo_id: str, split: str | None, revision: str | None) -> Dataset |
         raise UserError(f"{repo_id}: neither a file here nor loaded as a dataset from the Hub: {reason}") from error
 
     def noted(part: Dataset) -> Dataset:
-        urls = part.info.download_checksums or ()
-        commit = next((found[1] for url in urls if (found := _COMMIT.search(url))), revision)
+        folders = {Path(file["filename"]).parent.name for file in part.cache_files}  # datasets names them by the commit
+        commit = next((name for name in folders if _COMMIT.fullmatch(name)), revision)
         lineage.note(part, step=lineage.LOADED, source=repo_id, **({"revision": commit} if commit else {}))
         return part
 
