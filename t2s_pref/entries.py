@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from t2s_pref.errors import UserError, one_line
-from t2s_pref.lineage import KEY
+from t2s_pref.lineage import KEY, relied_on
+from t2s_pref.prompts import row_of
 from t2s_pref.registry import DATASET_INFO, read_info
 
 REMOTE = "REMOTE:"
@@ -92,19 +93,18 @@ class Entry:
     def _sharegpt(self, record: Mapping[str, Any], columns: Mapping[str, str]) -> Trained | None:
         tags = self._mapping("tags", TAGS)
         role, content = tags["role_tag"], tags["content_tag"]
-        turns = list(record[columns["messages"]])
-        system = record[columns["system"]] if columns.get("system") else ""
-        if turns and tags.get("system_tag") and turns[0][role] == tags["system_tag"]:
-            system = turns.pop(0)[content]
-        answers = [record[columns[side]] for side in ("chosen", "rejected")] if self.ranking else [turns.pop()]
-        expected = [tags["user_tag"], tags["assistant_tag"]] * len(turns)
-        odd = len(turns) % 2 == 1 and [turn[role] for turn in turns] == expected[: len(turns)]
-        if not odd or any(answer[role] != tags["assistant_tag"] for answer in answers):
+        turns = [(turn[role], turn[content]) for turn in record[columns["messages"]]]
+        sides = [record[columns[side]] for side in ("chosen", "rejected")] if self.ranking else []
+        answers = [(side[role], side[content]) for side in sides] or [turns.pop()]
+        if any(speaker != tags["assistant_tag"] for speaker, _ in answers):
             return None
-        said = [turn[content] for turn in turns]
-        history = [list(pair) for pair in zip(said[:-1:2], said[1::2], strict=True)]
-        row = {"instruction": said[-1], "input": "", "system": system or "", "history": history}
-        return Trained(row, tuple(answer[content] for answer in answers))
+        speakers = {tags[f"{name}_tag"]: name for name in ("user", "assistant", "system") if tags.get(f"{name}_tag")}
+        row = row_of([(speakers.get(speaker), text) for speaker, text in turns])
+        if row is None:
+            return None
+        spoken = speakers.get(turns[0][0]) == "system"
+        system = row["system"] if spoken or not columns.get("system") else record[columns["system"]]
+        return Trained({**row, "system": system or ""}, tuple(text for _, text in answers))
 
     def _records(self) -> Iterator[Mapping[str, Any]]:
         from datasets import load_dataset
@@ -205,14 +205,7 @@ def find_entries(dataset_dir: str, names: list[str]) -> list[Entry]:
 
 def noted(entries: Sequence[Entry], *steps: str) -> list[dict[str, Any]]:
     """What the given steps noted with the data of these entries (`t2s_pref.lineage`)."""
-    found = [entry.entry.get(KEY) for entry in entries]
-    return [
-        record
-        for records in found
-        if isinstance(records, list)
-        for record in records
-        if isinstance(record, dict) and record.get("step") in steps
-    ]
+    return [record for entry in entries for record in relied_on(entry.entry.get(KEY)) if record["step"] in steps]
 
 
 def _misfit(values: list[Any]) -> Exception | None:

@@ -75,9 +75,14 @@ def thinking_mode(noted: Iterable[dict[str, Any]]) -> bool | None:
     return modes.pop() if len(modes) == 1 else None
 
 
+def relied_on(noted: Any) -> list[dict[str, Any]]:
+    """The records of what was read from a file, in which anything may stand."""
+    return [record for record in noted if _is_record(record)] if isinstance(noted, list) else []
+
+
 def lines_of(noted: Any) -> list[str]:
-    """The lines of records that were read from a file, in which anything may stand."""
-    return [_line(record) for record in noted if _is_record(record)] if isinstance(noted, list) else []
+    """The lines of records that were read from a file."""
+    return [_line(record) for record in relied_on(noted)]
 
 
 def _line(record: dict[str, Any]) -> str:

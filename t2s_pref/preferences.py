@@ -42,6 +42,7 @@ from t2s_pref.columns import (
 )
 from t2s_pref.errors import UserError
 from t2s_pref.load import ALPACA, check_history, find_source, from_hub
+from t2s_pref.prompts import row_of
 from t2s_pref.records import Origin, lone_surrogate, read_records
 from t2s_pref.registry import DATASET_INFO, noted_of, read_info
 
@@ -242,14 +243,4 @@ def _from_messages(turns: Any) -> dict[str, Any] | None:
     if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
         return None
     said = [(_speaker(turn), next((turn[name] for name in TEXTS if name in turn), None)) for turn in turns]
-    system = said.pop(0)[1] if said[0][0] == "system" else ""
-    expected = ["user", "assistant"] * len(said)
-    if (
-        len(said) % 2 == 0
-        or [role for role, _ in said] != expected[: len(said)]
-        or any(not isinstance(text, str) for _, text in said)
-    ):
-        return None
-    texts = [text for _, text in said]
-    history = [list(pair) for pair in zip(texts[:-1:2], texts[1::2], strict=True)]
-    return {INSTRUCTION: texts[-1], INPUT: "", SYSTEM: system, HISTORY: history}
+    return row_of(said) if all(isinstance(text, str) for _, text in said) else None

@@ -1,6 +1,6 @@
 """A row becomes chat messages: the same for sampling, export and training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t2s_pref.columns import HISTORY, INPUT, INSTRUCTION, SYSTEM
@@ -28,6 +28,24 @@ def messages(row: Mapping[str, Any]) -> list[dict[str, str]]:
         chat += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     question = "\n".join(part for part in (row.get(INSTRUCTION), row.get(INPUT)) if part)
     return [*chat, {"role": "user", "content": question}]
+
+
+def row_of(turns: Sequence[tuple[Any, Any]]) -> dict[str, Any] | None:
+    """The alpaca row of a chat in (role, text) turns, as `messages` would make the chat of it.
+
+    `None` where, after a system message or none, they do not end in a user's after pairs of user's and assistant's.
+
+    >>> row_of([("system", "You write SQL."), ("user", "How many books?")])
+    {'instruction': 'How many books?', 'input': '', 'system': 'You write SQL.', 'history': []}
+    """
+    system = turns[0][1] if turns and turns[0][0] == "system" else ""
+    turns = turns[1:] if turns and turns[0][0] == "system" else turns
+    expected = ["user", "assistant"] * len(turns)
+    if len(turns) % 2 == 0 or [role for role, _ in turns] != expected[: len(turns)]:
+        return None
+    said = [text for _, text in turns]
+    history = [list(pair) for pair in zip(said[:-1:2], said[1::2], strict=True)]
+    return {INSTRUCTION: said[-1], INPUT: "", SYSTEM: system, HISTORY: history}
 
 
 TEACHER = """\

@@ -116,8 +116,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
 def _sampled(entries: list[Entry], what: str) -> list[dict[str, Any]]:
     """The different models or adapters that pairs were sampled from. A teacher is none: it is not what is trained."""
     found = [record.get(what) for record in noted(entries, SAMPLED)]
-    named = [each for each in found if isinstance(each, dict) and isinstance(each.get("name"), str)]
-    named = [each for each in named if isinstance(each.get("revision", ""), str)]  # a note is anybody's to write
+    named = [each for each in found if each and each.get("name")]
     return [each for place, each in enumerate(named) if each not in named[:place]]
 
 

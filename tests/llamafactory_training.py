@@ -26,6 +26,24 @@ class Training:
     output: Path
 
 
+def run_training(config: Path, environment: dict[str, str] | None = None) -> str:
+    """Run `llamafactory-cli train` on a training file in its folder; the log. Without an `environment`, offline."""
+    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(config.parent / "home")}
+    environment = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [llamafactory_venv() / "bin" / "llamafactory-cli", "train", config],
+        cwd=config.parent,
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
 def train(
     folder: Path, rows: Dataset, name: str, environment: dict[str, str] | None = None, **settings: Any
 ) -> Training:
@@ -56,20 +74,7 @@ def train(
         **settings,
     }
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    environment = environment or {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    environment = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [llamafactory_venv() / "bin" / "llamafactory-cli", "train", config],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    log = run_training(config, environment)
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    return Training(rows, load_from_disk(tokenized)["train"], done.stdout, losses, output)
+    return Training(rows, load_from_disk(tokenized)["train"], log, losses, output)

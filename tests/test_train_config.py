@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from datasets import Dataset
-from llamafactory_venv import llamafactory_venv
+from llamafactory_training import run_training
 from transformers import AutoTokenizer
 
 from t2s_pref import demo_files, load_sft, save_llamafactory, write_dpo_config, write_sft_config
@@ -38,24 +36,12 @@ class Run(NamedTuple):
 
 def run(config: Path) -> Run:
     """Run a training file as it is."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(config.parent / "home"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [llamafactory_venv() / "bin" / "llamafactory-cli", "train", config],
-        cwd=config.parent,
-        env=environment,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "Dropped" not in done.stdout
+    log = run_training(config)
+    assert "Dropped" not in log
     output = config.parent / re.search(r"^output_dir: (.+)$", config.read_text(), re.MULTILINE)[1]
     results = json.loads((output / "train_results.json").read_text(encoding="utf-8"))
-    rows = int(re.search(r"Num examples = (\d+)", done.stdout)[1])
-    return Run(done.stdout, results["train_loss"], rows, output)
+    rows = int(re.search(r"Num examples = (\d+)", log)[1])
+    return Run(log, results["train_loss"], rows, output)
 
 
 @pytest.fixture(scope="module")
